@@ -1,0 +1,1 @@
+//! Content-addressed blobs, action records and locks, as files; knows no stages.

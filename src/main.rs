@@ -1,0 +1,3 @@
+//! The `grlm` program.
+
+fn main() {}

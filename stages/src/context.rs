@@ -1,0 +1,143 @@
+//! What a stage is given to work with: paths, devices, a place for unfinished work, and a voice.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{StageError, WorkerEvent, event::LogLevel};
+
+/// A device leased to the attempt. Inside the worker, CUDA devices are numbered from 0 because
+/// `CUDA_VISIBLE_DEVICES` is set to the lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    Cpu,
+    Cuda(usize),
+}
+
+/// Set when the attempt should save what it has and stop; cheap to ask for in an inner loop.
+#[derive(Debug, Clone, Default)]
+pub struct StopFlag(Arc<AtomicBool>);
+
+impl StopFlag {
+    pub fn stop(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+type Sink = Box<dyn FnMut(WorkerEvent) + Send>;
+
+/// Everything one attempt of a stage may touch.
+pub struct StageContext {
+    inputs: BTreeMap<String, PathBuf>,
+    outputs: BTreeMap<String, PathBuf>,
+    scratch: PathBuf,
+    threads: usize,
+    devices: Vec<Device>,
+    stop: StopFlag,
+    sink: Sink,
+}
+
+impl StageContext {
+    /// `scratch` is a folder that survives failed attempts of the same action, for checkpoints; it is removed once
+    /// the action's result is published. `threads` is the number of leased cores.
+    pub fn new(
+        inputs: BTreeMap<String, PathBuf>,
+        outputs: BTreeMap<String, PathBuf>,
+        scratch: PathBuf,
+        threads: usize,
+        devices: Vec<Device>,
+        stop: StopFlag,
+        sink: impl FnMut(WorkerEvent) + Send + 'static,
+    ) -> Self {
+        Self { inputs, outputs, scratch, threads: threads.max(1), devices, stop, sink: Box::new(sink) }
+    }
+
+    /// The path of a required input.
+    ///
+    /// # Errors
+    /// A bug if the port is not connected: the planner checks required ports.
+    pub fn input(&self, port: &str) -> Result<&Path, StageError> {
+        self.optional_input(port).ok_or_else(|| StageError::bug(format!("input port `{port}` is not connected")))
+    }
+
+    pub fn optional_input(&self, port: &str) -> Option<&Path> {
+        self.inputs.get(port).map(PathBuf::as_path)
+    }
+
+    /// All connected inputs, by port name in alphabetical order.
+    pub fn inputs(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.inputs.iter().map(|(k, v)| (k.as_str(), v.as_path()))
+    }
+
+    /// Where to write an output: a path that does not exist yet, in a folder that does. Folder artifacts are
+    /// created by the stage.
+    ///
+    /// # Errors
+    /// A bug if the stage did not declare the port.
+    pub fn output(&self, port: &str) -> Result<&Path, StageError> {
+        self.outputs
+            .get(port)
+            .map(PathBuf::as_path)
+            .ok_or_else(|| StageError::bug(format!("output port `{port}` was not declared")))
+    }
+
+    pub fn outputs(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.outputs.iter().map(|(k, v)| (k.as_str(), v.as_path()))
+    }
+
+    pub fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+
+    /// Number of threads that the stage may use.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Leased devices; empty means the CPU.
+    pub fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    pub fn stop_flag(&self) -> StopFlag {
+        self.stop.clone()
+    }
+
+    /// # Errors
+    /// [`StageError::Stopped`] once a stop was asked for; call it between units of work, after saving.
+    pub fn check_stop(&self) -> Result<(), StageError> {
+        if self.stop.is_set() { Err(StageError::Stopped) } else { Ok(()) }
+    }
+
+    pub fn emit(&mut self, event: WorkerEvent) {
+        (self.sink)(event);
+    }
+
+    pub fn progress(&mut self, done: u64, total: u64, unit: &str) {
+        self.emit(WorkerEvent::Progress { done, total, unit: unit.to_owned() });
+    }
+
+    pub fn metric(&mut self, name: &str, value: f64, step: Option<u64>) {
+        self.emit(WorkerEvent::Metric { name: name.to_owned(), value, step });
+    }
+
+    pub fn info(&mut self, message: impl Into<String>) {
+        self.emit(WorkerEvent::Log { level: LogLevel::Info, message: message.into() });
+    }
+
+    pub fn warn(&mut self, message: impl Into<String>) {
+        self.emit(WorkerEvent::Log { level: LogLevel::Warn, message: message.into() });
+    }
+}

@@ -1,0 +1,21 @@
+//! Every stage kind of the GRLM pipeline, one file or folder each, and the registry that lists them.
+//!
+//! A stage sees typed parameters and paths, nothing else: no store, no keys, no scheduler. Reading this folder's
+//! listing in the order of the paper gives the method: `similarity`, `tid`, `id2meta`, the `sft_*` builders,
+//! `sasrec`, `train`, `generate`, `evaluate`.
+
+pub mod artifact;
+pub mod context;
+pub mod error;
+pub mod event;
+pub mod registry;
+pub mod stage;
+
+mod command;
+
+pub use artifact::Artifact;
+pub use context::{Device, StageContext, StopFlag};
+pub use error::{Failure, StageError};
+pub use event::WorkerEvent;
+pub use registry::{StageKind, code_digest, kind, kinds};
+pub use stage::{Input, Output, ParamIssue, Ports, Resources, Stage};

@@ -1,0 +1,136 @@
+//! The list of stage kinds. A new kind is its own file and one line here.
+
+use std::marker::PhantomData;
+
+use schemars::Schema;
+use serde_json::Value;
+
+use crate::{ParamIssue, Ports, Resources, Stage, StageContext, StageError};
+
+/// All kinds, in the order of the paper's pipeline.
+macro_rules! registry {
+    ($($stage:path),* $(,)?) => {
+        static KINDS: &[&dyn StageKind] = &[$(&Erased::<$stage>(PhantomData)),*];
+    };
+}
+
+registry![crate::command::Command];
+
+include!(concat!(env!("OUT_DIR"), "/code_digests.rs"));
+
+/// Every stage kind.
+pub fn kinds() -> &'static [&'static dyn StageKind] {
+    KINDS
+}
+
+/// The kind of this name.
+pub fn kind(name: &str) -> Option<&'static dyn StageKind> {
+    KINDS.iter().copied().find(|k| k.name() == name)
+}
+
+/// The digest, as 64 hexadecimal digits, of the code that a kind's results depend on: the token streams (comments,
+/// layout and tests left out) of the modules that its own file reaches, and the locked versions of the
+/// dependencies that compute. Taken when this crate was built.
+pub fn code_digest(kind: &str) -> Option<&'static str> {
+    CODE_DIGESTS.iter().find(|(name, _)| *name == kind).map(|(_, digest)| *digest)
+}
+
+/// Why parameters could not be read; `path` is relative to `with`.
+pub type ParamError = ParamIssue;
+
+/// A [`Stage`] with its parameter type erased: what the orchestrator works with.
+pub trait StageKind: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn summary(&self) -> &'static str;
+    fn floating_point(&self) -> bool;
+    /// The JSON Schema of the parameters, with documentation and defaults.
+    fn params_schema(&self) -> Schema;
+    /// Reads the `with:` block, fills in defaults and checks it; returns the canonical parameters, with every
+    /// default spelled out. Those are what enters the action key.
+    ///
+    /// # Errors
+    /// Every mistake found, each with its place inside the block.
+    fn resolve_params(&self, with: &Value) -> Result<Value, Vec<ParamError>>;
+    /// `params` as [`StageKind::resolve_params`] returned them.
+    ///
+    /// # Errors
+    /// As for `resolve_params`.
+    fn ports(&self, params: &Value) -> Result<Ports, Vec<ParamError>>;
+    /// # Errors
+    /// As for `resolve_params`.
+    fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>>;
+    /// # Errors
+    /// As [`Stage::run`].
+    fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError>;
+}
+
+struct Erased<S>(PhantomData<S>);
+
+impl<S: Stage> Erased<S> {
+    fn parse(value: &Value) -> Result<S::Params, Vec<ParamError>> {
+        let empty = Value::Object(serde_json::Map::new());
+        let value = if value.is_null() { &empty } else { value };
+        serde_path_to_error::deserialize(value).map_err(|e| {
+            let path = e.path().to_string();
+            vec![ParamIssue::new(if path == "." { String::new() } else { path }, e.into_inner().to_string())]
+        })
+    }
+}
+
+impl<S: Stage> StageKind for Erased<S> {
+    fn name(&self) -> &'static str {
+        S::KIND
+    }
+
+    fn summary(&self) -> &'static str {
+        S::SUMMARY
+    }
+
+    fn floating_point(&self) -> bool {
+        S::FLOATING_POINT
+    }
+
+    fn params_schema(&self) -> Schema {
+        schemars::schema_for!(S::Params)
+    }
+
+    fn resolve_params(&self, with: &Value) -> Result<Value, Vec<ParamError>> {
+        let params = Self::parse(with)?;
+        let issues = S::check(&params);
+        if !issues.is_empty() {
+            return Err(issues);
+        }
+        serde_json::to_value(&params).map_err(|e| vec![ParamIssue::new("", e.to_string())])
+    }
+
+    fn ports(&self, params: &Value) -> Result<Ports, Vec<ParamError>> {
+        Self::parse(params).map(|p| S::ports(&p))
+    }
+
+    fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>> {
+        Self::parse(params).map(|p| S::resources(&p))
+    }
+
+    fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError> {
+        let params = Self::parse(params).map_err(|issues| {
+            StageError::params(
+                issues.into_iter().map(|i| format!("`{}`: {}", i.path, i.message)).collect::<Vec<_>>().join("; "),
+            )
+        })?;
+        S::run(&params, cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_every_kind_has_a_code_digest() {
+        let mut seen = std::collections::HashSet::new();
+        for kind in kinds() {
+            assert!(seen.insert(kind.name()), "{} is listed twice", kind.name());
+            assert_eq!(code_digest(kind.name()).map(str::len), Some(64), "{}", kind.name());
+        }
+    }
+}
