@@ -1,1 +1,6 @@
 //! The orchestrator: pipeline files, keys, plans, scheduling, workers and reports. Knows no machine learning.
+
+pub mod allocator;
+pub mod cli;
+pub mod error;
+pub mod exit_codes;

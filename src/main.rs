@@ -1,3 +1,8 @@
-//! The `grlm` program.
+//! The `grlm` program: tunes the allocator, then hands over to [`grlm::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    grlm::allocator::tune();
+    grlm::cli::main()
+}

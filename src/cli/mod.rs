@@ -1,0 +1,66 @@
+//! The command line: one file per verb, each with its arguments and a `run`.
+//!
+//! Verbs print results to stdout and everything else to stderr; nothing below them prints.
+
+mod completions;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{error::CliError, exit_codes::Code};
+
+/// Runs generative-recommendation pipelines, and only the parts of them that changed.
+#[derive(Debug, Parser)]
+#[command(name = "grlm", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options of every verb.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Where results are kept
+    #[arg(long, global = true, env = "GRLM_STORE", default_value = ".grlm", value_name = "FOLDER")]
+    pub store: PathBuf,
+    /// Say nothing but results and errors
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Completions(completions::Args),
+}
+
+/// Parses the arguments, runs the verb, prints its error.
+pub fn main() -> ExitCode {
+    start_tracing();
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("{:?}", error.report);
+            error.code.into()
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<Code, CliError> {
+    match &cli.verb {
+        Verb::Completions(args) => completions::run(args),
+    }
+}
+
+/// Diagnostics for developers, on stderr, off unless `GRLM_LOG` says otherwise.
+fn start_tracing() {
+    if std::env::var_os("GRLM_LOG").is_some() {
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_env("GRLM_LOG"))
+            .with_writer(std::io::stderr)
+            .init();
+    }
+}
