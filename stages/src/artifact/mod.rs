@@ -22,9 +22,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub mod checkpoint;
 pub mod jsonl;
 pub mod records;
 
+pub use checkpoint::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind};
 pub use records::{CurvePoint, Holdout, ItemId, Neighbor, Neighbors, PerUser, Ranking, Split, UserId};
 
 /// What an input or output port holds.
