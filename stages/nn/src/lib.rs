@@ -1,1 +1,6 @@
 //! Qwen3, SASRec, beam search over a catalogue, optimiser and trainer. The only home of candle.
+
+pub mod error;
+pub mod qwen3;
+
+pub use error::Error;
