@@ -126,7 +126,30 @@ fn read_crate(src: &Path, root: &str, modules: &mut BTreeMap<String, Module>) {
         let text = fs::read_to_string(&file).unwrap_or_else(|e| panic!("cannot read {}: {e}", file.display()));
         // The compiler reports what does not lex, with a better message.
         let Ok(stream) = text.parse::<TokenStream>() else { continue };
-        modules.insert(path.join("::"), read_module(&path, stream));
+        let mut module = read_module(&path, stream.clone());
+        let mut included = Vec::new();
+        find_included(stream, &mut included);
+        for name in included {
+            // A file that is not there is the compiler's to report.
+            let path = file.with_file_name(name);
+            println!("cargo::rerun-if-changed={}", path.display());
+            module.text.push_str(&fs::read_to_string(path).unwrap_or_default());
+        }
+        modules.insert(path.join("::"), module);
+    }
+}
+
+/// The paths in `include_str!("…")`: a stage's code as much as the module that names them.
+fn find_included(stream: TokenStream, paths: &mut Vec<String>) {
+    let tokens: Vec<_> = stream.into_iter().collect();
+    for (i, token) in tokens.iter().enumerate() {
+        let TokenTree::Group(group) = token else { continue };
+        let included =
+            i > 1 && is_punct(&tokens[i - 1], '!') && ident(tokens.get(i - 2)).as_deref() == Some("include_str");
+        match group.stream().into_iter().next() {
+            Some(TokenTree::Literal(path)) if included => paths.push(path.to_string().trim_matches('"').to_owned()),
+            _ => find_included(group.stream(), paths),
+        }
     }
 }
 

@@ -5,15 +5,22 @@
 //! `sasrec`, `train`, `generate`, `evaluate`.
 
 pub mod artifact;
+pub mod compat;
 pub mod context;
 pub mod error;
 pub mod event;
+pub mod prompts;
 pub mod registry;
+pub mod sft;
 pub mod stage;
 
 mod command;
+mod id2meta;
+#[cfg(test)]
+mod testing;
 
 pub use artifact::Artifact;
+pub use compat::Compat;
 pub use context::{Device, StageContext, StopFlag};
 pub use error::{Failure, StageError};
 pub use event::WorkerEvent;

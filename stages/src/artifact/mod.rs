@@ -23,11 +23,19 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub mod checkpoint;
+pub mod items;
 pub mod jsonl;
+pub mod python_json;
 pub mod records;
+pub mod sequences;
+pub mod text;
+pub mod tids;
 
 pub use checkpoint::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind};
+pub use items::Item;
 pub use records::{CurvePoint, Holdout, ItemId, Neighbor, Neighbors, PerUser, Ranking, Split, UserId};
+pub use sequences::Sequence;
+pub use tids::{Id2Meta, TID_LENGTH, TidRecord};
 
 /// What an input or output port holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -1,5 +1,7 @@
 //! One Rust type for a line of each artifact.
 
+use std::{borrow::Borrow, fmt};
+
 use serde::{Deserialize, Serialize};
 
 /// An item's id: opaque, as the catalogue spells it.
@@ -11,6 +13,38 @@ pub struct ItemId(pub String);
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UserId(pub String);
+
+macro_rules! id {
+    ($id:ident) => {
+        impl $id {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        /// Maps keyed by the id can be asked with a `&str`: both hash alike.
+        impl Borrow<str> for $id {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl From<&str> for $id {
+            fn from(id: &str) -> Self {
+                Self(id.to_owned())
+            }
+        }
+
+        impl fmt::Display for $id {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+id!(ItemId);
+id!(UserId);
 
 /// One neighbour and its cosine similarity.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,0 +1,267 @@
+//! `tids` and `id2meta`: an item's own fields with its TID, the five words that name it.
+//!
+//! A record is kept as the ordered JSON object it is, so that it can be written back byte for byte; [`TidRecord`]'s
+//! accessors are the only place that knows the names of its fields. A [`TidRecord`] exists only with a list of
+//! strings as its words; whether they are a *valid* TID is [`TidRecord::has_valid_tid`].
+
+use std::{borrow::Cow, path::Path};
+
+use rustc_hash::FxHashMap;
+use serde_json::{Map, Value};
+
+use super::{ItemId, items, python_json, text};
+use crate::StageError;
+
+/// Words in a TID.
+pub const TID_LENGTH: usize = 5;
+
+const WORDS: &str = "summary_words";
+
+/// An item's fields plus `llm_output`, `summary_words` and `similar_item_ids`, in their order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TidRecord {
+    id: ItemId,
+    fields: Map<String, Value>,
+}
+
+impl TidRecord {
+    /// # Errors
+    /// What is wrong, in words: not an object, no `id`, or `summary_words` that are not a list of strings.
+    pub fn from_value(value: Value) -> Result<Self, String> {
+        let Value::Object(fields) = value else { return Err("not a JSON object".into()) };
+        let id = items::id_from(fields.get("id").ok_or("the field `id` is missing")?)?;
+        Self::new(id, fields)
+    }
+
+    /// # Errors
+    /// `summary_words` is missing or not a list of strings.
+    pub fn new(id: ItemId, fields: Map<String, Value>) -> Result<Self, String> {
+        match fields.get(WORDS) {
+            Some(Value::Array(words)) if words.iter().all(Value::is_string) => Ok(Self { id, fields }),
+            Some(_) => Err(format!("`{WORDS}` of item `{id}` is not a list of strings")),
+            None => Err(format!("item `{id}` has no `{WORDS}`")),
+        }
+    }
+
+    pub fn id(&self) -> &ItemId {
+        &self.id
+    }
+
+    /// All fields as they stand in the file.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
+    /// The words as they stand in the file.
+    pub fn words(&self) -> impl Iterator<Item = &str> {
+        self.fields.get(WORDS).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+    }
+
+    /// The words without square brackets around them: those of the TID that models read and write.
+    pub fn clean_words(&self) -> impl Iterator<Item = &str> {
+        self.words().map(clean_word)
+    }
+
+    /// The words joined by `,`: the key of `tid2item_id`.
+    pub fn tid_key(&self) -> String {
+        self.clean_words().collect::<Vec<_>>().join(",")
+    }
+
+    /// Whether there are five words and none is blank: what a recommender can be asked to generate.
+    pub fn has_valid_tid(&self) -> bool {
+        self.words().count() == TID_LENGTH && self.clean_words().all(|w| !w.trim().is_empty())
+    }
+
+    pub fn set_words(&mut self, words: impl IntoIterator<Item = String>) {
+        let words = words.into_iter().map(Value::String).collect();
+        self.fields.insert(WORDS.into(), Value::Array(words));
+    }
+
+    pub fn title(&self) -> Option<Cow<'_, str>> {
+        self.text("title")
+    }
+
+    pub fn description(&self) -> Option<Cow<'_, str>> {
+        self.text("description")
+    }
+
+    pub fn domain(&self) -> Option<Cow<'_, str>> {
+        self.text("domain")
+    }
+
+    /// A field as text, see [`items::Item::text`].
+    pub fn text(&self, field: &str) -> Option<Cow<'_, str>> {
+        items::field_text(&self.fields, field)
+    }
+
+    /// `record.get(field, absent)` in an f-string of the published scripts.
+    pub fn python_text(&self, field: &str, absent: &str) -> String {
+        self.fields.get(field).map_or_else(|| absent.to_owned(), python_json::python_str)
+    }
+
+    pub fn into_value(self) -> Value {
+        Value::Object(self.fields)
+    }
+}
+
+/// A TID word without the square brackets that some answers leave around it.
+pub fn clean_word(word: &str) -> &str {
+    word.trim_matches(['[', ']'])
+}
+
+/// Reads a `tids` file. An id may stand there twice; what that means is the reader's business.
+///
+/// # Errors
+/// The file cannot be read, is empty, or has a line that is no record.
+pub fn read(path: &Path) -> Result<Vec<TidRecord>, StageError> {
+    let text = text::read(path)?;
+    let mut records = Vec::new();
+    for (line, number) in text.split('\n').zip(1u64..).filter(|(l, _)| !l.trim().is_empty()) {
+        let value = serde_json::from_str(line)
+            .map_err(|e| StageError::input_at(path, number, format!("not valid JSON: {e}")))?;
+        records.push(TidRecord::from_value(value).map_err(|m| StageError::input_at(path, number, m))?);
+    }
+    if records.is_empty() {
+        return Err(StageError::input(path, "holds no record"));
+    }
+    Ok(records)
+}
+
+/// Writes a `tids` file, each line as Python's `json.dumps` would.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write<'a>(path: &Path, records: impl IntoIterator<Item = &'a Map<String, Value>>) -> Result<(), StageError> {
+    let mut out = Vec::new();
+    for record in records {
+        out.push(b'{');
+        for (i, (name, value)) in record.iter().enumerate() {
+            if i > 0 {
+                out.extend_from_slice(b", ");
+            }
+            python_json::write_string(&mut out, name);
+            out.extend_from_slice(b": ");
+            python_json::write_line(&mut out, value);
+        }
+        out.extend_from_slice(b"}\n");
+    }
+    std::fs::write(path, out).map_err(|e| StageError::io("write", path, e))
+}
+
+/// The `id2meta` artifact: records by id, in their order.
+#[derive(Debug, Clone, Default)]
+pub struct Id2Meta {
+    records: Vec<TidRecord>,
+    index: FxHashMap<ItemId, usize>,
+}
+
+impl Id2Meta {
+    /// # Errors
+    /// The file cannot be read, is empty, or holds something that is no TID record.
+    pub fn read(path: &Path) -> Result<Self, StageError> {
+        let text = text::read(path)?;
+        let entries: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|e| text::json_error(path, &e, "an object id → record"))?;
+        let mut id2meta = Self::default();
+        for (id, fields) in entries {
+            let record = match fields {
+                Value::Object(fields) => TidRecord::new(ItemId(id), fields),
+                other => Err(format!("item `{id}` is {other}, not a record")),
+            };
+            id2meta.insert(record.map_err(|m| StageError::input(path, m))?);
+        }
+        if id2meta.is_empty() {
+            return Err(StageError::input(path, "holds no item"));
+        }
+        Ok(id2meta)
+    }
+
+    /// Adds a record; one with the same id is replaced at its place and given back.
+    pub fn insert(&mut self, record: TidRecord) -> Option<TidRecord> {
+        if let Some(&place) = self.index.get(record.id()) {
+            return Some(std::mem::replace(&mut self.records[place], record));
+        }
+        self.index.insert(record.id().clone(), self.records.len());
+        self.records.push(record);
+        None
+    }
+
+    pub fn get(&self, id: &str) -> Option<&TidRecord> {
+        self.place(id).map(|i| &self.records[i])
+    }
+
+    /// The index of an item in [`Id2Meta::records`].
+    pub fn place(&self, id: &str) -> Option<usize> {
+        self.index.get(id).copied()
+    }
+
+    pub fn records(&self) -> &[TidRecord] {
+        &self.records
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), StageError> {
+        let mut out = vec![b'{'];
+        for (i, record) in self.records.iter().enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            python_json::write_break(&mut out, 1);
+            python_json::write_string(&mut out, record.id().as_str());
+            out.extend_from_slice(b": ");
+            python_json::write_object(&mut out, record.fields(), 1);
+        }
+        python_json::write_break(&mut out, 0);
+        out.push(b'}');
+        std::fs::write(path, out).map_err(|e| StageError::io("write", path, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn record(words: Value) -> Result<TidRecord, String> {
+        TidRecord::from_value(json!({"id": 3, "title": " T", "summary_words": words, "extra": 1}))
+    }
+
+    #[test]
+    fn only_five_words_that_are_not_blank_are_a_valid_tid() {
+        for (words, valid) in [
+            (json!(["a", "b", "c", "d", "e"]), true),
+            (json!(["[a]", "b]", "c", "d", "e"]), true),
+            (json!(["a", "b", "c", "d", " "]), false),
+            (json!(["a", "b", "c", "d", "[]"]), false),
+            (json!(["a", "b", "c", "d"]), false),
+            (json!([]), false),
+        ] {
+            assert_eq!(record(words.clone()).unwrap().has_valid_tid(), valid, "{words}");
+        }
+        assert_eq!(record(json!(["[a]", "b]", "c", "d", "e"])).unwrap().tid_key(), "a,b,c,d,e");
+        assert!(record(json!([1])).unwrap_err().contains("not a list of strings"));
+        assert!(record(json!("a")).unwrap_err().contains("not a list of strings"));
+    }
+
+    #[test]
+    fn a_later_record_replaces_an_earlier_one_at_its_place() {
+        let make = |id: &str, title: &str| {
+            TidRecord::from_value(json!({"id": id, "title": title, "summary_words": []})).unwrap()
+        };
+        let mut id2meta = Id2Meta::default();
+        assert!(id2meta.insert(make("1", "old")).is_none());
+        assert!(id2meta.insert(make("2", "x")).is_none());
+        assert_eq!(id2meta.insert(make("1", "new")).unwrap().title().as_deref(), Some("old"));
+        assert_eq!(id2meta.records().iter().map(|r| r.id().as_str()).collect::<Vec<_>>(), ["1", "2"]);
+        assert_eq!(id2meta.get("1").unwrap().title().as_deref(), Some("new"));
+    }
+}

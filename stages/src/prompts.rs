@@ -1,0 +1,160 @@
+//! The prompt texts: loading, checking, and filling in their placeholders.
+//!
+//! The built-in texts are our own (`prompts/default.json`); a file of the same layout, connected to a stage's `prompts`
+//! port, replaces them. What a placeholder stands for is decided by the stage that renders the prompt.
+
+use std::{collections::BTreeSet, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{StageError, artifact::text};
+
+/// All prompt texts, as the `prompts` artifact holds them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prompts {
+    /// Asks for an item's TID: `{title_line}`, `{description_line}`, `{neighbor_lines}`.
+    pub tid_extraction: String,
+    /// Teaches to name an item: `{title_line}`, `{description_line}` in the input.
+    pub sft_meta2tid: Prompt,
+    /// Teaches to continue a history.
+    pub sft_rec: Instruction,
+    /// Teaches which items go together: `{item_line}`, `{count}` in the input.
+    pub sft_collaborative: Prompt,
+}
+
+/// The instruction, and the template of the input, of an alpaca sample.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prompt {
+    pub instruction: String,
+    pub input: String,
+}
+
+/// An instruction whose input is not a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Instruction {
+    pub instruction: String,
+}
+
+/// The placeholders that each template must have, by its place in the file.
+pub const TEMPLATES: [(&str, &[&str]); 3] = [
+    ("tid_extraction", &["title_line", "description_line", "neighbor_lines"]),
+    ("sft_meta2tid.input", &["title_line", "description_line"]),
+    ("sft_collaborative.input", &["item_line", "count"]),
+];
+
+impl Prompts {
+    /// Reads the texts at `path`; the built-in ones if there is none.
+    ///
+    /// # Errors
+    /// The file cannot be read, has another layout, or a template lacks a placeholder or has an unknown one.
+    pub fn load(path: Option<&Path>) -> Result<Self, StageError> {
+        let Some(path) = path else { return Self::built_in() };
+        let prompts: Self =
+            serde_json::from_str(&text::read(path)?).map_err(|e| text::json_error(path, &e, "a file of prompts"))?;
+        prompts
+            .check()
+            .map_err(|message| StageError::input(path, message).help("see the built-in texts for an example"))?;
+        Ok(prompts)
+    }
+
+    /// The texts that come with grlm.
+    ///
+    /// # Errors
+    /// A bug: a test reads them.
+    pub fn built_in() -> Result<Self, StageError> {
+        serde_json::from_str(include_str!("../prompts/default.json"))
+            .map_err(|e| StageError::bug(format!("the built-in prompts: {e}")))
+    }
+
+    /// # Errors
+    /// The first template with a missing or unknown placeholder, in words.
+    pub fn check(&self) -> Result<(), String> {
+        let texts = [&self.tid_extraction, &self.sft_meta2tid.input, &self.sft_collaborative.input];
+        for ((place, wanted), text) in TEMPLATES.iter().zip(texts) {
+            let found: BTreeSet<&str> = placeholders(text).collect();
+            if let Some(missing) = wanted.iter().find(|&name| !found.contains(name)) {
+                return Err(format!("`{place}` lacks the placeholder `{{{missing}}}`"));
+            }
+            if let Some(unknown) = found.iter().find(|name| !wanted.contains(name)) {
+                return Err(format!("`{place}` has an unknown placeholder `{{{unknown}}}`"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts `values` in place of the placeholders of their names, all in one pass: braces inside a value stay what they
+/// are. A placeholder without a value stays too.
+pub fn render(template: &str, values: &[(&str, &str)]) -> String {
+    let mut out = String::with_capacity(template.len() + values.iter().map(|(_, v)| v.len()).sum::<usize>());
+    let mut rest = template;
+    while let Some((before, name, after)) = next_placeholder(rest) {
+        out.push_str(before);
+        match values.iter().find(|(key, _)| *key == name) {
+            Some((_, value)) => out.push_str(value),
+            None => out.push_str(&rest[before.len()..rest.len() - after.len()]),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// The names in `{name}`; braces around anything but a lower-case name are text.
+pub fn placeholders(template: &str) -> impl Iterator<Item = &str> {
+    let mut rest = template;
+    std::iter::from_fn(move || {
+        let (_, name, after) = next_placeholder(rest)?;
+        rest = after;
+        Some(name)
+    })
+}
+
+/// Text before the next placeholder, its name, text after it.
+fn next_placeholder(text: &str) -> Option<(&str, &str, &str)> {
+    for (open, _) in text.match_indices('{') {
+        let inner = &text[open + 1..];
+        let end =
+            inner.find(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit() && c != '_').unwrap_or(inner.len());
+        if end > 0 && inner[end..].starts_with('}') {
+            return Some((&text[..open], &inner[..end], &inner[end + 1..]));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_texts_are_complete() {
+        let prompts = Prompts::load(None).unwrap();
+        prompts.check().unwrap();
+        assert!(!prompts.sft_rec.instruction.trim().is_empty());
+    }
+
+    #[test]
+    fn values_are_filled_in_once() {
+        let filled = render("{a}{b} {c} {A} {} { a} {\"a\": 1} {a", &[("a", "{b}"), ("b", "2")]);
+        assert_eq!(filled, "{b}2 {c} {A} {} { a} {\"a\": 1} {a");
+    }
+
+    #[test]
+    fn a_file_with_a_wrong_placeholder_or_field_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.json");
+        let mut prompts = Prompts::built_in().unwrap();
+        prompts.sft_collaborative.input = "{item_line} {cuont}".into();
+        std::fs::write(&path, serde_json::to_string(&prompts).unwrap()).unwrap();
+        let error = Prompts::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.ends_with("`sft_collaborative.input` lacks the placeholder `{count}`"), "{error}");
+
+        std::fs::write(&path, "{\"tid_extraction\": \"\",\n \"sft\": 1}").unwrap();
+        let error = Prompts::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("p.json:2: not a file of prompts: unknown field `sft`"), "{error}");
+    }
+}

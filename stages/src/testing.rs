@@ -1,0 +1,109 @@
+//! What the tests of stages share: running a stage by its kind on files in a temporary folder.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{StageContext, StageError, StopFlag, WorkerEvent, kind};
+
+/// A temporary folder with input files in it.
+pub struct Bench {
+    folder: TempDir,
+    inputs: BTreeMap<String, PathBuf>,
+}
+
+/// What a stage wrote and said.
+pub struct Ran {
+    pub outputs: BTreeMap<String, PathBuf>,
+    pub events: Vec<WorkerEvent>,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), inputs: BTreeMap::new() }
+    }
+
+    /// Writes `content` to a file and connects it to `port`.
+    pub fn input(mut self, port: &str, content: impl AsRef<[u8]>) -> Self {
+        let path = self.folder.path().join(format!("input-{port}"));
+        fs::write(&path, content).unwrap();
+        self.inputs.insert(port.to_owned(), path);
+        self
+    }
+
+    /// Connects an existing file or folder to `port`.
+    pub fn input_path(mut self, port: &str, path: impl Into<PathBuf>) -> Self {
+        self.inputs.insert(port.to_owned(), path.into());
+        self
+    }
+
+    /// Runs a stage of the registry as the engine would: parameters resolved, ports from the parameters, outputs under
+    /// their own names. The folder lives as long as the bench; outputs of an earlier run of the kind are replaced.
+    pub fn run(&self, kind_name: &str, params: Value) -> Result<Ran, StageError> {
+        let kind = kind(kind_name).unwrap_or_else(|| panic!("no kind {kind_name}"));
+        let params = kind.resolve_params(&params).map_err(|issues| StageError::params(format!("{issues:?}")))?;
+        let ports = kind.ports(&params).unwrap();
+        let folder = self.folder.path().join(kind_name);
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).unwrap();
+        let scratch = self.folder.path().join("scratch");
+        fs::create_dir_all(&scratch).unwrap();
+        let outputs: BTreeMap<String, PathBuf> =
+            ports.outputs.iter().map(|o| (o.name.to_string(), folder.join(&*o.file))).collect();
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&events);
+        let mut cx = StageContext::new(
+            self.inputs.clone(),
+            outputs.clone(),
+            scratch,
+            1,
+            Vec::new(),
+            StopFlag::default(),
+            move |event| sink.lock().unwrap().push(event),
+        );
+        kind.run(&params, &mut cx)?;
+        drop(cx);
+        let events = std::mem::take(&mut *events.lock().unwrap());
+        Ok(Ran { outputs, events })
+    }
+}
+
+impl Ran {
+    pub fn path(&self, port: &str) -> &Path {
+        &self.outputs[port]
+    }
+
+    pub fn text(&self, port: &str) -> String {
+        fs::read_to_string(self.path(port)).unwrap()
+    }
+
+    pub fn json(&self, port: &str) -> Value {
+        serde_json::from_str(&self.text(port)).unwrap()
+    }
+
+    /// All log lines, warnings included.
+    pub fn logs(&self) -> Vec<&str> {
+        self.events
+            .iter()
+            .filter_map(|e| match e {
+                WorkerEvent::Log { message, .. } => Some(message.as_str()),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+/// The folder of test data that is not part of the repository; `None`, with a note, when it is not there.
+pub fn shared_data() -> Option<PathBuf> {
+    let path = std::env::var_os("GRLM_TEST_DATA").map(PathBuf::from);
+    if path.is_none() {
+        eprintln!("skipped: GRLM_TEST_DATA is not set");
+    }
+    path
+}
