@@ -11,10 +11,13 @@ pub mod error;
 pub mod event;
 pub mod prompts;
 pub mod registry;
+pub mod sampling;
 pub mod sft;
 pub mod stage;
+pub mod threads;
 
 mod command;
+pub mod evaluate;
 mod id2meta;
 #[cfg(test)]
 mod testing;

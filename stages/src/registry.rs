@@ -14,7 +14,11 @@ macro_rules! registry {
     };
 }
 
-registry![crate::id2meta::BuildId2Meta, crate::command::Command];
+registry! {
+    crate::id2meta::BuildId2Meta,
+    crate::evaluate::Evaluate,
+    crate::command::Command,
+}
 
 include!(concat!(env!("OUT_DIR"), "/code_digests.rs"));
 

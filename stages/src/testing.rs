@@ -10,23 +10,32 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{StageContext, StageError, StopFlag, WorkerEvent, kind};
+use crate::{Failure, StageContext, StageError, StopFlag, WorkerEvent, kind};
 
 /// A temporary folder with input files in it.
 pub struct Bench {
-    folder: TempDir,
+    folder: Arc<TempDir>,
     inputs: BTreeMap<String, PathBuf>,
+    threads: usize,
 }
 
-/// What a stage wrote and said.
+/// What a stage wrote and said; keeps the folder.
+#[derive(Debug)]
 pub struct Ran {
+    _folder: Arc<TempDir>,
     pub outputs: BTreeMap<String, PathBuf>,
     pub events: Vec<WorkerEvent>,
 }
 
 impl Bench {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), inputs: BTreeMap::new() }
+        Self { folder: Arc::new(tempfile::tempdir().unwrap()), inputs: BTreeMap::new(), threads: 1 }
+    }
+
+    /// Runs stages on this many threads.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads;
+        self
     }
 
     /// Writes `content` to a file and connects it to `port`.
@@ -44,7 +53,7 @@ impl Bench {
     }
 
     /// Runs a stage of the registry as the engine would: parameters resolved, ports from the parameters, outputs under
-    /// their own names. The folder lives as long as the bench; outputs of an earlier run of the kind are replaced.
+    /// their own names. Outputs of an earlier run of the kind on this bench are replaced.
     pub fn run(&self, kind_name: &str, params: Value) -> Result<Ran, StageError> {
         let kind = kind(kind_name).unwrap_or_else(|| panic!("no kind {kind_name}"));
         let params = kind.resolve_params(&params).map_err(|issues| StageError::params(format!("{issues:?}")))?;
@@ -62,7 +71,7 @@ impl Bench {
             self.inputs.clone(),
             outputs.clone(),
             scratch,
-            1,
+            self.threads,
             Vec::new(),
             StopFlag::default(),
             move |event| sink.lock().unwrap().push(event),
@@ -70,7 +79,7 @@ impl Bench {
         kind.run(&params, &mut cx)?;
         drop(cx);
         let events = std::mem::take(&mut *events.lock().unwrap());
-        Ok(Ran { outputs, events })
+        Ok(Ran { _folder: Arc::clone(&self.folder), outputs, events })
     }
 }
 
@@ -87,6 +96,11 @@ impl Ran {
         serde_json::from_str(&self.text(port)).unwrap()
     }
 
+    /// An output of JSON Lines.
+    pub fn lines(&self, port: &str) -> Vec<Value> {
+        self.text(port).lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    }
+
     /// All log lines, warnings included.
     pub fn logs(&self) -> Vec<&str> {
         self.events
@@ -96,6 +110,26 @@ impl Ran {
                 _ => None,
             })
             .collect()
+    }
+}
+
+/// Runs a stage on inputs given as `(port, text)`, on a number of threads.
+pub fn run_on(threads: usize, kind: &str, params: Value, inputs: &[(&str, &str)]) -> Result<Ran, StageError> {
+    inputs.iter().fold(Bench::new().threads(threads), |bench, (port, text)| bench.input(port, text)).run(kind, params)
+}
+
+/// As [`run_on`], on one thread.
+pub fn run(kind: &str, params: Value, inputs: &[(&str, &str)]) -> Result<Ran, StageError> {
+    run_on(1, kind, params, inputs)
+}
+
+/// Asserts that the stage refused its input, in words that hold all of `words`.
+pub fn refuses(result: Result<Ran, StageError>, words: &[&str]) {
+    let error = result.expect_err("the stage should have refused");
+    assert_eq!(error.failure(), Failure::WrongInput, "{error}");
+    let text = format!("{error} {}", error.help_text().unwrap_or_default());
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in {text:?}");
     }
 }
 
