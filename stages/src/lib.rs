@@ -19,6 +19,7 @@ pub mod threads;
 mod command;
 pub mod evaluate;
 mod id2meta;
+pub mod popularity;
 #[cfg(test)]
 mod testing;
 

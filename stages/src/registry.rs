@@ -16,6 +16,7 @@ macro_rules! registry {
 
 registry! {
     crate::id2meta::BuildId2Meta,
+    crate::popularity::Popularity,
     crate::evaluate::Evaluate,
     crate::command::Command,
 }

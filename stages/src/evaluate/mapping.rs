@@ -13,7 +13,7 @@
 
 use rustc_hash::FxHashMap;
 
-use crate::artifact::ItemId;
+use crate::artifact::{ItemId, text::is_python_space};
 
 type TidIndex = u32;
 type WordIndex = u32;
@@ -213,11 +213,6 @@ fn bracketed(text: &str) -> impl Iterator<Item = &str> {
             }
         }
     })
-}
-
-/// What Python's `str.strip` takes away.
-fn is_python_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
 #[cfg(test)]

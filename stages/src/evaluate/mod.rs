@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     Artifact, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Holdout, ItemId, PerUser, Ranking, Split, UserId, jsonl},
+    artifact::{Holdout, ItemId, PerUser, Ranking, Split, UserId, jsonl, text},
     sampling::sample_users,
     threads,
 };
@@ -193,9 +193,8 @@ fn read_mapper(cx: &StageContext, params: &Params) -> Result<Option<TextMapper>,
         return Ok(None);
     }
     let path = cx.input("tid2item_id")?;
-    let text = std::fs::read_to_string(path).map_err(|e| StageError::io("read", path, e))?;
-    let entries: Map<String, Value> = serde_json::from_str(&text)
-        .map_err(|e| StageError::input_at(path, e.line() as u64, format!("not a JSON object: {e}")))?;
+    let entries: Map<String, Value> =
+        serde_json::from_str(&text::read(path)?).map_err(|e| text::json_error(path, &e, "an object TID → items"))?;
     let entries: Result<Vec<(String, Vec<ItemId>)>, StageError> = entries
         .into_iter()
         .map(|(key, ids)| {
