@@ -3,4 +3,7 @@
 pub mod allocator;
 pub mod cli;
 pub mod error;
+pub mod events;
+pub mod executor;
 pub mod exit_codes;
+pub mod journal;

@@ -38,6 +38,9 @@ pub enum Verb {
 
 /// Parses the arguments, runs the verb, prints its error.
 pub fn main() -> ExitCode {
+    if let Some(code) = worker_main() {
+        return code;
+    }
     start_tracing();
     let cli = Cli::parse();
     match dispatch(cli) {
@@ -47,6 +50,18 @@ pub fn main() -> ExitCode {
             error.code.into()
         }
     }
+}
+
+/// `grlm __worker FOLDER [--parent PID]`: not for users, and ahead of the parser because every attempt pays for it.
+fn worker_main() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next()? != "__worker" {
+        return None;
+    }
+    start_tracing();
+    let Some(folder) = arguments.next() else { return Some(Code::Usage.into()) };
+    let parent = arguments.nth(1).and_then(|pid| pid.to_str()?.parse().ok());
+    Some(crate::executor::worker::main(folder.as_ref(), parent))
 }
 
 fn dispatch(cli: Cli) -> Result<Code, CliError> {

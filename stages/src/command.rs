@@ -1,9 +1,13 @@
 //! Stage `command`: any program of the user's own, run by `sh -c`.
 //!
 //! The orchestrator has already put shell-quoted paths in place of `${inputs.x}` and `${outputs.x}`; declared
-//! environment, secrets and code are its business too.
+//! environment, secrets and code are its business too, and so is ending the program: it shares the worker's process
+//! group, to which SIGTERM and SIGKILL are sent.
 
-use std::process::Stdio;
+use std::{
+    os::unix::process::ExitStatusExt,
+    process::{ExitStatus, Stdio},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,7 +34,10 @@ impl Stage for Command {
         Ports { open_inputs: Some(Artifact::Any), open_outputs: true, ..Ports::default() }
     }
 
-    fn run(params: &Params, _cx: &mut StageContext) -> Result<(), StageError> {
+    fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
+        cx.check_stop()?;
+        // The program stays in the worker's process group: a stop reaches it with the worker, and nothing it starts
+        // outlives the attempt.
         let status = std::process::Command::new("sh")
             .args(["-c", &params.run])
             .stdin(Stdio::null())
@@ -39,10 +46,27 @@ impl Stage for Command {
         if status.success() {
             return Ok(());
         }
-        let message = match status.code() {
-            Some(code) => format!("the command ended with status {code}"),
-            None => format!("the command was ended by a signal ({status})"),
-        };
-        Err(StageError::Command { message, help: Some("its output is in the stage's log: `grlm logs STAGE`".into()) })
+        cx.check_stop()?;
+        Err(failure(status))
+    }
+}
+
+fn failure(status: ExitStatus) -> StageError {
+    let help = Some("its output is in the stage's log: `grlm logs STAGE`".to_owned());
+    // A shell reports a program that signal n ended as 128 + n.
+    let signal = status.signal().or_else(|| status.code().filter(|c| (129..=160).contains(c)).map(|c| c - 128));
+    match (signal, status.code()) {
+        (Some(libc::SIGKILL), _) => StageError::Killed {
+            message: "the command was killed (SIGKILL), which grlm did not do".into(),
+            help: Some("often a memory limit: see the system's log".into()),
+        },
+        (Some(libc::SIGTERM), _) => {
+            StageError::Killed { message: "the command was ended (SIGTERM), which grlm did not do".into(), help }
+        }
+        (_, Some(code)) => StageError::Command { message: format!("the command ended with status {code}"), help },
+        (Some(signal), None) => {
+            StageError::Command { message: format!("the command was ended by signal {signal}"), help }
+        }
+        (None, None) => StageError::Command { message: format!("the command failed ({status})"), help },
     }
 }

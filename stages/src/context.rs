@@ -46,6 +46,8 @@ pub struct StageContext {
     threads: usize,
     devices: Vec<Device>,
     stop: StopFlag,
+    attempt: u32,
+    out_of_memory: u32,
     sink: Sink,
 }
 
@@ -61,7 +63,34 @@ impl StageContext {
         stop: StopFlag,
         sink: impl FnMut(WorkerEvent) + Send + 'static,
     ) -> Self {
-        Self { inputs, outputs, scratch, threads: threads.max(1), devices, stop, sink: Box::new(sink) }
+        Self {
+            inputs,
+            outputs,
+            scratch,
+            threads: threads.max(1),
+            devices,
+            stop,
+            attempt: 1,
+            out_of_memory: 0,
+            sink: Box::new(sink),
+        }
+    }
+
+    /// Says that this is not the first attempt: its number, counted from 1, and how many before it ran out of memory.
+    pub fn with_attempt(mut self, attempt: u32, out_of_memory: u32) -> Self {
+        self.attempt = attempt.max(1);
+        self.out_of_memory = out_of_memory;
+        self
+    }
+
+    /// The number of this attempt, counted from 1.
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// How many earlier attempts ran out of memory. A stage halves its batch (not its result) for each of them.
+    pub fn out_of_memory_before(&self) -> u32 {
+        self.out_of_memory
     }
 
     /// The path of a required input.

@@ -43,6 +43,9 @@ pub enum StageError {
     Stopped,
     #[error("{message}")]
     Command { message: String, help: Option<String> },
+    /// The program of a `command` stage was ended by a signal that grlm did not send.
+    #[error("{message}")]
+    Killed { message: String, help: Option<String> },
     #[error("{message}")]
     Bug { message: String },
 }
@@ -75,6 +78,7 @@ impl StageError {
             | Self::Params { help, .. }
             | Self::Network { help, .. }
             | Self::OutOfMemory { help, .. }
+            | Self::Killed { help, .. }
             | Self::Command { help, .. } => *help = Some(text.into()),
             Self::Io { .. } | Self::Stopped | Self::Bug { .. } => {}
         }
@@ -87,6 +91,7 @@ impl StageError {
             | Self::Params { help, .. }
             | Self::Network { help, .. }
             | Self::OutOfMemory { help, .. }
+            | Self::Killed { help, .. }
             | Self::Command { help, .. } => help.as_deref(),
             Self::Io { .. } | Self::Stopped | Self::Bug { .. } => None,
         }
@@ -99,6 +104,7 @@ impl StageError {
             Self::OutOfMemory { .. } => Failure::OutOfMemory,
             Self::Stopped => Failure::Stopped,
             Self::Command { .. } => Failure::Command,
+            Self::Killed { .. } => Failure::Killed,
             Self::Bug { .. } => Failure::Bug,
         }
     }
