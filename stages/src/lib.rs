@@ -22,6 +22,7 @@ mod id2meta;
 pub mod popularity;
 #[cfg(test)]
 mod testing;
+pub mod tid;
 
 pub use artifact::Artifact;
 pub use compat::Compat;

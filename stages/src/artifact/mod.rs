@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub mod checkpoint;
 pub mod items;
 pub mod jsonl;
+pub mod neighbors;
 pub mod python_json;
 pub mod records;
 pub mod sequences;

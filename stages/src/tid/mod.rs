@@ -1,0 +1,5 @@
+//! Stage `tid`.
+
+pub mod parse;
+pub mod prompt;
+pub mod statistics;
