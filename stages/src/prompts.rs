@@ -103,6 +103,16 @@ pub fn render(template: &str, values: &[(&str, &str)]) -> String {
     out
 }
 
+/// As [`render`], but a line that is nothing but a placeholder is left out where its value is empty.
+pub fn render_without_empty_lines(template: &str, values: &[(&str, &str)]) -> String {
+    let is_empty = |line: &str| match next_placeholder(line) {
+        Some(("", name, "")) => values.iter().any(|(key, value)| *key == name && value.is_empty()),
+        _ => false,
+    };
+    let lines: Vec<&str> = template.split('\n').filter(|line| !is_empty(line)).collect();
+    render(&lines.join("\n"), values)
+}
+
 /// The names in `{name}`; braces around anything but a lower-case name are text.
 pub fn placeholders(template: &str) -> impl Iterator<Item = &str> {
     let mut rest = template;
@@ -141,6 +151,13 @@ mod tests {
     fn values_are_filled_in_once() {
         let filled = render("{a}{b} {c} {A} {} { a} {\"a\": 1} {a", &[("a", "{b}"), ("b", "2")]);
         assert_eq!(filled, "{b}2 {c} {A} {} { a} {\"a\": 1} {a");
+    }
+
+    #[test]
+    fn lines_of_empty_values_can_be_left_out() {
+        let values = [("a", ""), ("b", "B")];
+        assert_eq!(render_without_empty_lines("x\n{a}\n{b}\n{a}", &values), "x\nB");
+        assert_eq!(render_without_empty_lines("x {a}\n\n{b}", &values), "x \n\nB");
     }
 
     #[test]

@@ -16,6 +16,10 @@ macro_rules! registry {
 
 registry! {
     crate::id2meta::BuildId2Meta,
+    crate::sft::SftMeta2Tid,
+    crate::sft::SftRec,
+    crate::sft::SftCollaborative,
+    crate::sft::SftMerge,
     crate::popularity::Popularity,
     crate::evaluate::Evaluate,
     crate::command::Command,

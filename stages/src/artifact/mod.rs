@@ -22,6 +22,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+mod check;
 pub mod checkpoint;
 pub mod items;
 pub mod jsonl;
@@ -32,6 +33,7 @@ pub mod sequences;
 pub mod text;
 pub mod tids;
 
+pub use check::check;
 pub use checkpoint::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind};
 pub use items::Item;
 pub use records::{CurvePoint, Holdout, ItemId, Neighbor, Neighbors, PerUser, Ranking, Split, UserId};

@@ -99,6 +99,11 @@ impl TidRecord {
         self.fields.get(field).map_or_else(|| absent.to_owned(), python_json::python_str)
     }
 
+    /// A field in an f-string of the published scripts; `None` where Python would take it for false.
+    pub fn python_truthy(&self, field: &str) -> Option<String> {
+        self.fields.get(field).filter(|v| python_json::is_truthy(v)).map(python_json::python_str)
+    }
+
     pub fn into_value(self) -> Value {
         Value::Object(self.fields)
     }

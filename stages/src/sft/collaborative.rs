@@ -1,0 +1,233 @@
+//! Stage `sft_collaborative`: samples that teach which items users take together, from the similar items of a
+//! collaborative model.
+//!
+//! | | reference | fixed |
+//! |---|---|---|
+//! | which similar items | those of the first `top` that are known | the first `top` that are known and have a valid TID, without the anchor itself |
+//! | anchors without a valid TID | kept | left out, counted |
+//! | a missing title or description | an empty one | left out of the line |
+//! | a description that is a list | as a Python literal | its parts, joined |
+//! | square brackets inside words | kept | removed, as `sft_rec` does |
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    rec_text::{TID_LABEL, push_tid},
+    samples::{ArrayWriter, escaped, push_sample},
+    shortened,
+};
+use crate::{
+    Artifact, Compat, ParamIssue, Ports, Stage, StageContext, StageError,
+    artifact::{Id2Meta, TidRecord, sequences, text},
+    prompts::{self, Prompts},
+    stage::{Input, Output},
+};
+
+pub struct SftCollaborative;
+
+/// Parameters of `sft_collaborative`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Params {
+    /// `reference` reproduces the published script's file byte for byte.
+    pub compat: Compat,
+    /// Similar items an anchor is taught with, at most.
+    pub top: usize,
+    /// Longest description in characters, the rest cut off; all of it if not set. Not with `compat: reference`.
+    pub max_description: Option<usize>,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self { compat: Compat::Fixed, top: 5, max_description: None }
+    }
+}
+
+impl Stage for SftCollaborative {
+    const KIND: &'static str = "sft_collaborative";
+    const SUMMARY: &'static str = "samples that teach which items users take together";
+    type Params = Params;
+
+    fn ports(_: &Params) -> Ports {
+        Ports::new(
+            [
+                Input::required("id2meta", Artifact::Id2meta, "items with their TIDs"),
+                Input::required("similar_items", Artifact::SimilarItems, "similar items, as `sasrec` writes them"),
+                Input::optional("prompts", Artifact::Prompts, "prompt texts in place of the built-in ones"),
+            ],
+            [Output::new("sft", Artifact::Sft, "sft_collaborative.json", "one sample an anchor")],
+        )
+    }
+
+    fn check(params: &Params) -> Vec<ParamIssue> {
+        let mut issues = super::check_max_description(params.compat, params.max_description);
+        if params.top == 0 {
+            issues.push(ParamIssue::new("top", "at least one similar item is needed"));
+        }
+        issues
+    }
+
+    fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
+        let prompts = Prompts::load(cx.optional_input("prompts"))?;
+        let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
+        let path = cx.input("similar_items")?;
+        let text = text::read(path)?;
+        let instruction = escaped(&prompts.sft_collaborative.instruction);
+        let mut writer = ArrayWriter::create(cx.output("sft")?)?;
+        let (mut unknown, mut invalid, mut alone) = (0u64, 0u64, 0u64);
+        for line in sequences::similar_lines(&text) {
+            let Some(anchor) = id2meta.get(line.head) else {
+                unknown += 1;
+                continue;
+            };
+            let similar: Vec<&TidRecord> = match params.compat {
+                Compat::Reference => line.items().take(params.top).filter_map(|id| id2meta.get(id)).collect(),
+                Compat::Fixed if !anchor.has_valid_tid() => {
+                    invalid += 1;
+                    continue;
+                }
+                Compat::Fixed => line
+                    .items()
+                    .filter(|id| *id != line.head)
+                    .filter_map(|id| id2meta.get(id))
+                    .filter(|r| r.has_valid_tid())
+                    .take(params.top)
+                    .collect(),
+            };
+            if similar.is_empty() {
+                alone += 1;
+                continue;
+            }
+            let values = [("item_line", &*item_line(anchor, params)), ("count", &*similar.len().to_string())];
+            let input = prompts::render(&prompts.sft_collaborative.input, &values);
+            let output = answer(&similar, params.compat);
+            writer.push(|out| push_sample(out, &instruction, &escaped(&input), &escaped(&output)))?;
+        }
+        let samples = writer.finish()?;
+        if samples == 0 {
+            return Err(StageError::input(path, "no anchor is a known item with a known similar item")
+                .help("the ids of `similar_items` and `id2meta` must come from one catalogue"));
+        }
+        for (count, why) in [
+            (unknown, "they are not in the catalogue"),
+            (invalid, "their TID is not five words"),
+            (alone, "none of their similar items can be used"),
+        ] {
+            if count > 0 {
+                cx.warn(format!("{count} anchors left out: {why}"));
+            }
+        }
+        cx.info(format!("{samples} samples"));
+        Ok(())
+    }
+}
+
+fn item_line(record: &TidRecord, params: &Params) -> String {
+    let mut out = format!("{TID_LABEL} ");
+    match params.compat {
+        Compat::Reference => {
+            push_tid(&mut out, record.words());
+            let [title, description] = ["title", "description"].map(|field| record.python_text(field, ""));
+            out.push_str(&format!(" Title: {title}. Description: {description}. \n"));
+        }
+        Compat::Fixed => {
+            push_tid(&mut out, record.clean_words());
+            push_title(&mut out, record);
+            if let Some(description) = record.description() {
+                out.push_str(&format!(" Description: {}.", shortened(&description, params.max_description)));
+            }
+            out.push('\n');
+        }
+    }
+    out
+}
+
+fn answer(similar: &[&TidRecord], compat: Compat) -> String {
+    let mut out = String::new();
+    for (i, record) in similar.iter().enumerate() {
+        if i > 0 {
+            out.push_str("\n\n");
+        }
+        out.push_str(&format!("{}. {TID_LABEL} ", i + 1));
+        match compat {
+            Compat::Reference => {
+                push_tid(&mut out, record.words());
+                out.push_str(&format!(" Title: {}.", record.python_text("title", "")));
+            }
+            Compat::Fixed => {
+                push_tid(&mut out, record.clean_words());
+                push_title(&mut out, record);
+            }
+        }
+        out.push('\n');
+    }
+    out
+}
+
+fn push_title(out: &mut String, record: &TidRecord) {
+    if let Some(title) = record.title() {
+        out.push_str(&format!(" Title: {title}."));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{Bench, shared_data};
+    use serde_json::json;
+
+    #[test]
+    fn fixed_fills_up_with_the_next_usable_items() {
+        let id2meta = r#"{
+            "1": {"id": "1", "title": "A", "description": "abcdef", "summary_words": ["a", "b", "c", "d", "[e]"]},
+            "2": {"id": "2", "title": "B", "summary_words": ["a", "b", "c", "d", "2"]},
+            "3": {"id": "3", "summary_words": ["a", "b", "c", "d", "3"]},
+            "4": {"id": "4", "title": "D", "summary_words": []}
+        }"#;
+        let ran = Bench::new()
+            .input("id2meta", id2meta)
+            .input("similar_items", "anchor top1 top2\n1 99 1 4 2 3\n4 1\n9 1\n2 4\n")
+            .run("sft_collaborative", json!({"top": 2, "max_description": 3}))
+            .unwrap();
+        let samples = ran.json("sft");
+        assert_eq!(samples.as_array().unwrap().len(), 1);
+        assert_eq!(samples[0]["input"], "Item text ID: [a, b, c, d, e] Title: A. Description: abc....\n\nList 2:");
+        assert_eq!(
+            samples[0]["output"],
+            "1. Item text ID: [a, b, c, d, 2] Title: B.\n\n\n2. Item text ID: [a, b, c, d, 3]\n"
+        );
+        assert_eq!(
+            ran.logs(),
+            [
+                "1 anchors left out: they are not in the catalogue",
+                "1 anchors left out: their TID is not five words",
+                "1 anchors left out: none of their similar items can be used",
+                "1 samples"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_published_file_comes_out_byte_for_byte() {
+        let Some(data) = shared_data() else { return };
+        let quirks = data.join("golden/quirks");
+        let ran = Bench::new()
+            .input_path("id2meta", quirks.join("expected/id2meta.json"))
+            .input_path("similar_items", quirks.join("similar_item_sasrec_num.txt"))
+            .input_path("prompts", data.join("data/reference_prompts.json"))
+            .run("sft_collaborative", json!({"compat": "reference"}))
+            .unwrap();
+        assert!(ran.text("sft") == std::fs::read_to_string(quirks.join("expected/sft_collaborative.json")).unwrap());
+    }
+
+    #[test]
+    fn foreign_ids_are_an_error() {
+        let error = Bench::new()
+            .input("id2meta", r#"{"1": {"id": "1", "summary_words": ["a", "b", "c", "d", "e"]}}"#)
+            .input("similar_items", "anchor top1\nx y\n")
+            .run("sft_collaborative", json!({}))
+            .err()
+            .unwrap();
+        assert!(error.to_string().contains("no anchor is a known item"), "{error}");
+    }
+}

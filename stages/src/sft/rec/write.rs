@@ -1,0 +1,244 @@
+//! Putting samples together from parts that are rendered and escaped once an item.
+
+use std::{fs, path::Path};
+
+use rustc_hash::FxHashMap;
+
+use super::{
+    super::{
+        rec_text::{self, Format, Place},
+        samples::{ArrayWriter, escaped, push_fields, push_sample},
+    },
+    Params,
+    users::{User, Users},
+};
+use crate::{
+    StageError,
+    artifact::{Id2Meta, TID_LENGTH, python_json},
+    prompts::Prompts,
+};
+
+/// Each item as it stands in a history, by place in the catalogue.
+pub struct Parts {
+    first: Vec<Vec<u8>>,
+    later: Vec<Vec<u8>>,
+}
+
+impl Parts {
+    pub fn render(params: &Params, id2meta: &Id2Meta) -> Self {
+        let mut text = String::new();
+        let mut all = |place: Place| -> Vec<Vec<u8>> {
+            let render = |record| {
+                text.clear();
+                match params.format {
+                    Format::Text => rec_text::push_text(&mut text, record, place, params.compat),
+                    Format::Compact => rec_text::push_compact(&mut text, record),
+                }
+                escaped(&text)
+            };
+            id2meta.records().iter().map(render).collect()
+        };
+        Self { first: all(Place::First), later: all(Place::Later) }
+    }
+
+    fn input(&self, user: &User<'_>) -> &[u8] {
+        user.history().first().map_or(&[], |&i| &self.first[i])
+    }
+
+    fn output<'a>(&'a self, user: &'a User<'_>) -> impl Iterator<Item = &'a [u8]> {
+        user.history().iter().skip(1).map(|&i| &*self.later[i])
+    }
+}
+
+/// Writes the training samples, and says how many there are.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn samples(
+    params: &Params,
+    path: &Path,
+    prompts: &Prompts,
+    users: &Users<'_>,
+    parts: &Parts,
+) -> Result<u64, StageError> {
+    let instruction = escaped(&prompts.sft_rec.instruction);
+    let mut writer = ArrayWriter::create(path)?;
+    let mut output = Vec::new();
+    for user in &users.kept {
+        output.clear();
+        if params.format == Format::Compact {
+            output.extend_from_slice(parts.input(user));
+        }
+        parts.output(user).for_each(|p| output.extend_from_slice(p));
+        match params.format {
+            Format::Compact => writer.push(|out| push_sample(out, b"", b"", &output))?,
+            Format::Text if output.is_empty() && !params.compat.is_reference() => {}
+            Format::Text => writer.push(|out| push_sample(out, &instruction, parts.input(user), &output))?,
+        }
+    }
+    writer.finish()
+}
+
+/// Writes every sample with its ids, words and whole target records.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn records(
+    path: &Path,
+    prompts: &Prompts,
+    users: &Users<'_>,
+    id2meta: &Id2Meta,
+    parts: &Parts,
+) -> Result<(), StageError> {
+    let instruction = escaped(&prompts.sft_rec.instruction);
+    let mut writer = ArrayWriter::create(path)?;
+    // Rendered once an item, at the nesting at which they are copied.
+    let mut whole = Vec::with_capacity(id2meta.len());
+    let mut ids = Vec::with_capacity(id2meta.len());
+    let mut words = Vec::with_capacity(id2meta.len());
+    for record in id2meta.records() {
+        let mut out = Vec::new();
+        python_json::write_object(&mut out, record.fields(), 2);
+        whole.push(out);
+        let mut out = Vec::new();
+        python_json::write_string(&mut out, record.id().as_str());
+        ids.push(out);
+        let mut out = Vec::new();
+        for (i, word) in record.clean_words().enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            python_json::write_break(&mut out, 3);
+            python_json::write_string(&mut out, word);
+        }
+        words.push(out);
+    }
+    for user in &users.kept {
+        writer.push(|out| {
+            out.push(b'{');
+            push_fields(out, &instruction, [parts.input(user)], parts.output(user));
+            out.push(b',');
+            push_name(out, "metadata");
+            push_metadata(out, user);
+            out.push(b',');
+            push_name(out, "item_id_list");
+            push_array(out, user.items.iter().map(|&i| &*ids[i]), true);
+            out.push(b',');
+            push_name(out, "item_id_len");
+            out.extend_from_slice(user.items.len().to_string().as_bytes());
+            out.push(b',');
+            push_name(out, "all_summary_words");
+            push_array(out, user.items.iter().map(|&i| &*words[i]), false);
+            let targets = [("valid", user.valid()), ("test", user.test())];
+            for (what, part) in [("id", &ids), ("tid", &words), ("msg", &whole)] {
+                for (split, item) in targets {
+                    out.push(b',');
+                    push_name(out, &format!("{split}_ground_truth_{what}"));
+                    match what {
+                        "tid" => push_array(out, [&*part[item]], false),
+                        _ => out.extend_from_slice(&part[item]),
+                    }
+                }
+            }
+            python_json::write_break(out, 1);
+            out.push(b'}');
+        })?;
+    }
+    writer.finish().map(|_| ())
+}
+
+fn push_name(out: &mut Vec<u8>, name: &str) {
+    python_json::write_break(out, 2);
+    python_json::write_string(out, name);
+    out.extend_from_slice(b": ");
+}
+
+/// An array at nesting level 2 of parts that hold one element or several; `breaks` if they come without line breaks.
+fn push_array<'a>(out: &mut Vec<u8>, parts: impl IntoIterator<Item = &'a [u8]>, breaks: bool) {
+    out.push(b'[');
+    for (i, part) in parts.into_iter().enumerate() {
+        if i > 0 {
+            out.push(b',');
+        }
+        if breaks {
+            python_json::write_break(out, 3);
+        }
+        out.extend_from_slice(part);
+    }
+    python_json::write_break(out, 2);
+    out.push(b']');
+}
+
+fn push_metadata(out: &mut Vec<u8>, user: &User<'_>) {
+    let items = user.items.len();
+    // Words of the answer, with the two targets cut off; the total counts those and the first item's.
+    let output_words = (items - 3) * TID_LENGTH;
+    out.push(b'{');
+    python_json::write_break(out, 3);
+    out.extend_from_slice(b"\"user_id\": ");
+    python_json::write_string(out, user.name);
+    for (name, value) in [
+        ("total_items", items),
+        ("total_words", output_words + TID_LENGTH),
+        ("input_word_count", TID_LENGTH),
+        ("output_word_count", output_words),
+    ] {
+        out.push(b',');
+        python_json::write_break(out, 3);
+        python_json::write_string(out, name);
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value.to_string().as_bytes());
+    }
+    python_json::write_break(out, 2);
+    out.push(b'}');
+}
+
+/// Writes the words of each of `items`.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn item_id2tid(path: &Path, id2meta: &Id2Meta, items: &[usize]) -> Result<(), StageError> {
+    write_map(
+        path,
+        items.iter().map(|&i| {
+            let record = &id2meta.records()[i];
+            (record.id().as_str(), record.clean_words().collect())
+        }),
+    )
+}
+
+/// Writes the items of each TID, both in the order of `items`.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn tid2item_id(path: &Path, id2meta: &Id2Meta, items: &[usize]) -> Result<(), StageError> {
+    let mut places: FxHashMap<String, usize> = FxHashMap::default();
+    let mut tids: Vec<(String, Vec<&str>)> = Vec::new();
+    for &i in items {
+        let record = &id2meta.records()[i];
+        let place = *places.entry(record.tid_key()).or_insert_with_key(|key| {
+            tids.push((key.clone(), Vec::new()));
+            tids.len() - 1
+        });
+        tids[place].1.push(record.id().as_str());
+    }
+    write_map(path, tids.iter().map(|(key, ids)| (&**key, ids.clone())))
+}
+
+fn write_map<'a>(path: &Path, entries: impl Iterator<Item = (&'a str, Vec<&'a str>)>) -> Result<(), StageError> {
+    let mut out = Vec::new();
+    for (i, (key, strings)) in entries.enumerate() {
+        out.push(if i == 0 { b'{' } else { b',' });
+        python_json::write_break(&mut out, 1);
+        python_json::write_string(&mut out, key);
+        out.extend_from_slice(b": ");
+        python_json::write_strings(&mut out, &strings, 1);
+    }
+    if out.is_empty() {
+        out.push(b'{');
+    } else {
+        python_json::write_break(&mut out, 0);
+    }
+    out.push(b'}');
+    fs::write(path, out).map_err(|e| StageError::io("write", path, e))
+}
