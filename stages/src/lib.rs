@@ -9,11 +9,14 @@ pub mod compat;
 pub mod context;
 pub mod error;
 pub mod event;
+pub mod method;
 pub mod prompts;
 pub mod registry;
 pub mod sampling;
 pub mod sft;
+pub mod similarity;
 pub mod stage;
+pub mod terms;
 pub mod threads;
 
 mod command;

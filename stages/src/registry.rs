@@ -15,6 +15,7 @@ macro_rules! registry {
 }
 
 registry! {
+    crate::similarity::Similarity,
     crate::id2meta::BuildId2Meta,
     crate::sft::SftMeta2Tid,
     crate::sft::SftRec,
