@@ -22,7 +22,9 @@ pub mod threads;
 mod command;
 pub mod evaluate;
 mod id2meta;
+mod import_tids;
 pub mod popularity;
+mod synth;
 #[cfg(test)]
 mod testing;
 pub mod tid;

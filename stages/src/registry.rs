@@ -15,6 +15,8 @@ macro_rules! registry {
 }
 
 registry! {
+    crate::synth::Synth,
+    crate::import_tids::ImportTids,
     crate::similarity::Similarity,
     crate::id2meta::BuildId2Meta,
     crate::sft::SftMeta2Tid,
