@@ -2,8 +2,15 @@
 
 pub mod allocator;
 pub mod cli;
+pub mod engine;
 pub mod error;
 pub mod events;
 pub mod executor;
 pub mod exit_codes;
+pub mod graph;
 pub mod journal;
+pub mod key;
+pub mod metrics;
+pub mod pipeline;
+pub mod pool;
+pub mod progress;

@@ -1,3 +1,10 @@
-//! Tests that drive the real program: processes, signals, the command line. Logic is tested where it lives.
+//! End to end: the real `grlm`, in an empty environment. Logic is tested where it lives; here, the wiring.
 
+mod cached;
+mod environment;
+mod errors;
+mod failures;
+mod partial;
+mod robust;
+mod variants;
 mod worker;

@@ -1,0 +1,54 @@
+"""What every benchmark script shares: building grlm, installing peers, printing figures and judging them."""
+import os
+import shutil
+import subprocess
+import sys
+
+ROOT = os.environ["BENCH_ROOT"]
+DATA = os.environ["GRLM_TEST_DATA"]
+PEERS = os.environ["BENCH_PEERS"]
+GRLM = os.path.join(ROOT, "target/release/grlm")
+_missed = []
+
+
+def build():
+    subprocess.run(["cargo", "build", "--release", "--quiet", "--bin", "grlm"], cwd=ROOT, check=True)
+    return GRLM
+
+
+def debian(*packages):
+    """Installs Debian packages that are not there yet."""
+    missing = [p for p in packages if subprocess.run(["dpkg", "-s", p], capture_output=True).returncode]
+    if missing:
+        subprocess.run(["apt-get", "install", "-y", "-q", *missing], check=True, stdout=subprocess.DEVNULL)
+
+
+def venv(*sets):
+    """The peers' virtual environment, with the sets of packages (`torch`, `dag`) that are asked for."""
+    folder = os.path.join(PEERS, "venv-" + "-".join(sets))
+    done = os.path.join(folder, ".complete")
+    if not os.path.exists(done):
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run(["bash", os.path.join(DATA, "peers/setup.sh"), folder, *sets], check=True)
+        open(done, "w").close()
+    return os.path.join(folder, "bin")
+
+
+def figure(name, value, wanted=None, at_least=None, at_most=None, unit=""):
+    """Prints `name: value (wanted …)` and remembers whether it was reached."""
+    text = f"{value:.4g}{unit}"
+    goal, ok = "", True
+    if at_least is not None:
+        goal, ok = f" (wanted >= {at_least:g}{unit})", value >= at_least
+    if at_most is not None:
+        goal, ok = f" (wanted <= {at_most:g}{unit})", value <= at_most
+    if wanted is not None:
+        goal, ok = f" (wanted {wanted})", value == wanted
+    print(f"{name}: {text}{goal}{'' if ok else '  MISSED'}", flush=True)
+    if not ok:
+        _missed.append(name)
+
+
+def finish():
+    if _missed:
+        sys.exit(f"not reached: {', '.join(_missed)}")

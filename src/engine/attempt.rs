@@ -1,0 +1,286 @@
+//! One action from lock to record: the attempt's folder, the worker, its outputs checked and published.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use grlm_cache::{ActionRecord, Content, Provenance, RECORD_FORMAT, Store, StoreError};
+use grlm_stages::{Artifact, Device, Failure, WorkerEvent};
+use serde_json::Value;
+
+use super::decide::{self, Action, Answer};
+use crate::{
+    executor::{AttemptEnd, AttemptFailure, AttemptSpec, Launch, LaunchError, Launcher, StopReceiver},
+    pipeline::{SubstituteError, substitute},
+};
+
+/// What an attempt needs to know of its stage, owned, so that it can run beside the engine's loop.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub label: String,
+    pub pipeline: String,
+    pub kind: &'static str,
+    pub params: Value,
+    pub action: Action,
+    /// Port → where its content is.
+    pub inputs: BTreeMap<String, JobInput>,
+    pub outputs: Vec<JobOutput>,
+    pub timeout: Option<Duration>,
+    pub env: Vec<String>,
+    pub pass_env: Vec<String>,
+    pub secrets: Vec<String>,
+    pub forced: bool,
+}
+
+#[derive(Debug, Clone)]
+pub enum JobInput {
+    /// A user's file, read where it lies.
+    File(PathBuf),
+    /// An earlier stage's output, shown under this file name.
+    Stored(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct JobOutput {
+    pub port: String,
+    pub file: String,
+    pub artifact: Artifact,
+    pub may_be_empty: bool,
+}
+
+/// What was leased to the attempt.
+#[derive(Debug, Clone, Default)]
+pub struct Leased {
+    pub cpus: usize,
+    /// UUIDs or numbers, as `CUDA_VISIBLE_DEVICES` takes them.
+    pub gpus: Vec<String>,
+}
+
+/// How an action ended.
+#[derive(Debug)]
+pub enum End {
+    /// This attempt's result was published.
+    Published { record: Box<ActionRecord>, duration: Duration },
+    /// Another process published it first.
+    Reused(BTreeMap<String, Content>),
+    Failed { failure: AttemptFailure, duration: Duration },
+}
+
+/// Something below the stage failed: the store or the start of the worker.
+#[derive(Debug, thiserror::Error)]
+pub enum AttemptError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Substitute(#[from] SubstituteError),
+    #[error("cannot {action} {}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+}
+
+/// What all attempts of a run share.
+#[derive(Clone)]
+pub struct Workshop {
+    pub store: Arc<Store>,
+    pub launcher: Launcher,
+    /// The working directory of commands.
+    pub directory: PathBuf,
+    pub run: String,
+}
+
+impl Workshop {
+    /// Runs one attempt and publishes its result. Holds the action's lock throughout; if another process has it,
+    /// waits for it and reuses what that one published.
+    ///
+    /// # Errors
+    /// Only what is not the stage's fault; a stage that fails is an [`End::Failed`].
+    pub async fn attempt(
+        &self,
+        job: &Job,
+        number: u32,
+        out_of_memory: u32,
+        leased: &Leased,
+        log: &Path,
+        stop: StopReceiver,
+        on_event: &mut dyn FnMut(WorkerEvent),
+    ) -> Result<End, AttemptError> {
+        let key = job.action.key;
+        let _lock = loop {
+            if let Some(lock) = self.store.try_lock_action(&key)? {
+                break lock;
+            }
+            if *stop.borrow() != crate::executor::Stop::No {
+                return Ok(stopped());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        if !job.forced
+            && let Answer::Ready(record) = decide::look_up(&self.store, &key)?
+        {
+            return Ok(End::Reused(record.outputs));
+        }
+        let folder = self.store.new_attempt(&key)?;
+        let spec = self.spec(job, number, out_of_memory, leased, &folder)?;
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let launch =
+            Launch { spec: &spec, folder: &folder, log, timeout: job.timeout, grace: Launch::GRACE };
+        let AttemptEnd { result, duration, peak_memory, .. } = self.launcher.run(&launch, stop, on_event).await?;
+        if let Err(failure) = result {
+            self.forget(&folder);
+            return Ok(End::Failed { failure, duration });
+        }
+        let (workshop, job, spec) = (self.clone(), job.clone(), spec);
+        let published = tokio::task::spawn_blocking(move || -> Result<_, AttemptError> {
+            if let Some(message) = workshop.wrong_output(&job, &spec).or_else(|| workshop.changed_input(&job)) {
+                workshop.forget(&folder);
+                return Ok(Err(message));
+            }
+            let mut outputs = BTreeMap::new();
+            for output in &job.outputs {
+                outputs.insert(output.port.clone(), workshop.store.ingest(&spec.outputs[&output.port])?);
+            }
+            let record = ActionRecord {
+                format: RECORD_FORMAT,
+                key: job.action.key,
+                manifest: serde_json::to_value(&job.action.manifest).unwrap_or_default(),
+                outputs,
+                started_ms: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
+                duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+                peak_memory,
+                provenance: provenance(&workshop.run, &job.pipeline, &job.label),
+                accepted: None,
+            };
+            workshop.store.publish(&record)?;
+            workshop.store.clear_scratch(&job.action.key)?;
+            Ok(Ok(record))
+        })
+        .await
+        .map_err(|e| AttemptError::Io {
+            action: "publish",
+            path: self.store.root().to_owned(),
+            source: io::Error::other(e),
+        })??;
+        Ok(match published {
+            Ok(record) => End::Published { record: Box::new(record), duration },
+            Err(message) => End::Failed {
+                failure: AttemptFailure { failure: Failure::WrongInput, message, help: None, tail: Vec::new() },
+                duration,
+            },
+        })
+    }
+
+    /// Lays out the attempt's folder: inputs under readable names, an empty folder for outputs.
+    fn spec(
+        &self,
+        job: &Job,
+        number: u32,
+        out_of_memory: u32,
+        leased: &Leased,
+        folder: &Path,
+    ) -> Result<AttemptSpec, AttemptError> {
+        let make = |path: &Path| {
+            fs::create_dir_all(path).map_err(|source| AttemptError::Io { action: "create", path: path.into(), source })
+        };
+        let scratch = self.store.scratch(&job.action.key).join("kept");
+        make(&scratch)?;
+        let mut spec = AttemptSpec::new(&job.label, job.kind, job.params.clone(), &self.directory, &scratch);
+        spec.attempt = number;
+        spec.out_of_memory = out_of_memory;
+        for (port, input) in &job.inputs {
+            let path = match input {
+                JobInput::File(path) => self.directory.join(path),
+                JobInput::Stored(name) => {
+                    let dest = folder.join("in").join(port).join(name);
+                    make(dest.parent().unwrap_or(folder))?;
+                    self.store.stage_input(&job.action.inputs[port], &dest)?;
+                    dest
+                }
+            };
+            spec.inputs.insert(port.clone(), path);
+        }
+        make(&folder.join("out"))?;
+        for output in &job.outputs {
+            let path = folder.join("out").join(&output.file);
+            make(path.parent().unwrap_or(folder))?;
+            spec.outputs.insert(output.port.clone(), path);
+        }
+        if let Some(Value::String(run)) = spec.params.get("run").filter(|_| job.kind == "command") {
+            let run = substitute(run, &spec.inputs, &spec.outputs)?;
+            spec.params["run"] = Value::String(run);
+        }
+        spec.threads = leased.cpus.max(1);
+        spec.devices = (0..leased.gpus.len()).map(Device::Cuda).collect();
+        spec.visible_devices.clone_from(&leased.gpus);
+        spec.env = job.env.iter().filter_map(|name| Some((name.clone(), std::env::var(name).ok()?))).collect();
+        spec.pass_env.clone_from(&job.pass_env);
+        spec.secrets.clone_from(&job.secrets);
+        Ok(spec)
+    }
+
+    /// What is wrong with the outputs, if anything is.
+    fn wrong_output(&self, job: &Job, spec: &AttemptSpec) -> Option<String> {
+        job.outputs.iter().find_map(|output| {
+            let path = &spec.outputs[&output.port];
+            let problem = match fs::metadata(path) {
+                Err(_) => "was not written".to_owned(),
+                Ok(m) if m.is_dir() => match fs::read_dir(path).map(|mut d| d.next().is_none()) {
+                    Ok(true) if !output.may_be_empty => "is an empty folder".into(),
+                    _ => return None,
+                },
+                Ok(m) if m.len() == 0 && !output.may_be_empty => "is empty".into(),
+                Ok(m) if m.len() == 0 => return None,
+                Ok(_) => match grlm_stages::artifact::check(output.artifact, path, output.may_be_empty) {
+                    Ok(()) => return None,
+                    Err(error) => format!("is not what it should be: {error}"),
+                },
+            };
+            Some(format!("output `{}` ({}) {problem}", output.port, output.file))
+        })
+    }
+
+    /// A user's file that changed while the stage ran: the result belongs to no known content.
+    fn changed_input(&self, job: &Job) -> Option<String> {
+        job.inputs.iter().find_map(|(port, input)| {
+            let JobInput::File(path) = input else { return None };
+            let now = self.store.digest(&self.directory.join(path)).ok()?;
+            (now.digest != job.action.inputs[port].digest)
+                .then(|| format!("input `{port}` ({}) changed while the stage ran", path.display()))
+        })
+    }
+
+    /// Removes what a failed attempt left; checkpoints in the action's scratch stay.
+    fn forget(&self, folder: &Path) {
+        if let Err(error) = fs::remove_dir_all(folder) {
+            tracing::warn!(%error, folder = %folder.display(), "a failed attempt's folder stays");
+        }
+    }
+}
+
+fn stopped() -> End {
+    End::Failed {
+        failure: AttemptFailure {
+            failure: Failure::Stopped,
+            message: "stopped on request".into(),
+            help: None,
+            tail: Vec::new(),
+        },
+        duration: Duration::ZERO,
+    }
+}
+
+/// Who makes a result, and where.
+pub fn provenance(run: &str, pipeline: &str, stage: &str) -> Provenance {
+    Provenance {
+        host: fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+        user: std::env::var("USER").unwrap_or_default(),
+        grlm_version: env!("CARGO_PKG_VERSION").into(),
+        run: run.into(),
+        pipeline: pipeline.into(),
+        stage: stage.into(),
+    }
+}

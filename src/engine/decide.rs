@@ -1,0 +1,132 @@
+//! Whether a stage has to run, and why: its action from what is known of its inputs, and the store's answer.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
+
+use grlm_cache::{ActionKey, ActionSummary, Content, Store, StoreError};
+use rayon::prelude::*;
+
+use super::work::{Permission, Source, Work};
+use crate::{
+    engine::history::History,
+    key::{DeviceClass, Manifest},
+    pipeline::Stage,
+};
+
+/// Contents of users' files and folders, taken once at the start of a run.
+#[derive(Debug, Default)]
+pub struct Files(HashMap<PathBuf, Content>);
+
+impl Files {
+    /// Digests every file that a node that may run (or be used) names, code of commands included.
+    ///
+    /// # Errors
+    /// The first file that cannot be read.
+    pub fn digest(store: &Store, work: &Work) -> Result<Self, StoreError> {
+        let mut paths: Vec<&Path> = Vec::new();
+        for (id, node) in work.nodes.iter().enumerate() {
+            if node.permission == Permission::Leave {
+                continue;
+            }
+            paths.extend(work.stage(id).code.iter().map(PathBuf::as_path));
+            paths.extend(node.sources.values().filter_map(|s| match s {
+                Source::File(path) => Some(path.as_path()),
+                Source::Output { .. } => None,
+            }));
+        }
+        paths.sort_unstable();
+        paths.dedup();
+        let one = |path: &&Path| store.digest(path).map(|content| (path.to_path_buf(), content));
+        // A large file is hashed by all cores itself; many small ones are spread over them.
+        let digested = if paths.len() < 64 {
+            paths.iter().map(one).collect::<Result<_, _>>()?
+        } else {
+            paths.par_iter().map(one).collect::<Result<_, _>>()?
+        };
+        Ok(Self(digested))
+    }
+
+    pub fn get(&self, path: &Path) -> Option<&Content> {
+        self.0.get(path)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&PathBuf, &Content)> {
+        self.0.iter()
+    }
+}
+
+/// A stage with all its inputs known.
+#[derive(Debug, Clone)]
+pub struct Action {
+    pub key: ActionKey,
+    pub manifest: Manifest,
+    /// Port → content.
+    pub inputs: BTreeMap<String, Content>,
+}
+
+impl Action {
+    /// Pins `stage` to `inputs`. Environment variables are read now.
+    pub fn new(stage: &Stage, inputs: BTreeMap<String, Content>, files: &Files) -> Self {
+        let digests = inputs.iter().map(|(port, content)| (port.clone(), content.digest)).collect();
+        let code = stage
+            .code
+            .iter()
+            .filter_map(|path| Some((path.display().to_string(), files.get(path)?.digest)))
+            .collect();
+        let env = stage.env.iter().map(|name| (name.clone(), std::env::var(name).ok())).collect();
+        let manifest = Manifest::new(stage, digests, code, env, device_class(stage));
+        Self { key: manifest.key(), manifest, inputs }
+    }
+}
+
+/// Results of stages that compute in floating point belong to the class of device that they ask for.
+pub fn device_class(stage: &Stage) -> Option<DeviceClass> {
+    stage.kind.floating_point().then(|| if stage.resources.gpus > 0 { DeviceClass::Cuda } else { DeviceClass::Cpu })
+}
+
+/// The store's answer about an action.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// Its result is there and whole.
+    Ready(ActionSummary),
+    /// It never ran.
+    Unknown,
+    /// It ran, but this output is gone or damaged.
+    Lost(String),
+}
+
+/// Looks an action up, and checks that its outputs are whole.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn look_up(store: &Store, key: &ActionKey) -> Result<Answer, StoreError> {
+    let Some(record) = store.summary(key)? else { return Ok(Answer::Unknown) };
+    for (port, content) in &record.outputs {
+        if !store.check(content)?.is_intact() {
+            return Ok(Answer::Lost(port.clone()));
+        }
+    }
+    Ok(Answer::Ready(record))
+}
+
+/// Why a stage whose result is not there has to run, in words.
+pub fn reason(store: &Store, answer: &Answer, action: &Action, history: &History, stage: &str) -> String {
+    if let Answer::Lost(port) = answer {
+        return format!("its output `{port}` is gone or damaged");
+    }
+    let Some(last) = history.last(stage) else { return "never ran".into() };
+    match differences(store, &last, &action.manifest) {
+        Some(lines) if !lines.is_empty() => lines.join("; "),
+        Some(_) => "its record is gone".into(),
+        None => "its last record is gone".into(),
+    }
+}
+
+/// What is different between a recorded action and this manifest; `None` if the record is gone or of another format.
+pub fn differences(store: &Store, earlier: &ActionKey, manifest: &Manifest) -> Option<Vec<String>> {
+    let record = store.record(earlier).ok().flatten()?;
+    let earlier: Manifest = serde_json::from_value(record.manifest).ok()?;
+    Some(manifest.diff(&earlier).iter().map(ToString::to_string).collect())
+}

@@ -1,0 +1,17 @@
+//! The loop that ties pipelines, keys, store, devices and workers together.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `work` | the graph of a request, and which of it may run |
+//! | `decide` | whether a stage has to run, and why |
+//! | `history` | what each stage stood for last time |
+//! | `attempt` | one action from lock to record |
+//! | `run` | the loop |
+//! | `snapshot` | the shortcut of a run with nothing to do |
+
+pub mod attempt;
+pub mod decide;
+pub mod history;
+pub mod run;
+pub mod snapshot;
+pub mod work;

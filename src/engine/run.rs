@@ -1,0 +1,549 @@
+//! The loop: decide what is known, start what fits, publish what ends, until nothing is left.
+//!
+//! It runs on one thread, the one that lives as long as the program: workers die with it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use grlm_cache::{ActionKey, Content, Store, StoreError};
+use grlm_stages::Failure;
+use tokio::{sync::mpsc, task::LocalSet};
+
+use super::{
+    attempt::{AttemptError, End, Job, JobInput, JobOutput, Leased, Workshop},
+    decide::{self, Action, Answer, Files},
+    history::History,
+    work::{NodeId, Permission, Source, Work, producers},
+};
+use crate::{
+    events::{Body, Counts, Event, Outcome, now},
+    executor::{
+        AttemptFailure, Launcher, Stop, StopReceiver, StopSender, interrupt,
+        retry::{Retry, RetryPolicy},
+        stop_channel,
+    },
+    journal::{Journal, JournalError, RunId},
+    pool::{Lease, Pool},
+    progress::Reporter,
+};
+
+/// How a request is carried out.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where results are shown.
+    pub out: PathBuf,
+    pub keep_going: bool,
+    /// The command line, for the journal.
+    pub command: Vec<String>,
+}
+
+/// What became of a run.
+#[derive(Debug)]
+pub struct Ended {
+    pub outcome: Outcome,
+    pub counts: Counts,
+    /// Per node: its key and outputs, where it has them.
+    pub results: Vec<Option<Done>>,
+}
+
+/// A node's result.
+#[derive(Debug, Clone)]
+pub struct Done {
+    pub key: ActionKey,
+    pub outputs: BTreeMap<String, Content>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("cannot {action}")]
+    Io { action: &'static str, source: io::Error },
+}
+
+/// The life of a node.
+#[derive(Debug)]
+enum State {
+    /// Some input is not known yet.
+    Waiting,
+    /// To run as soon as devices are free.
+    Queued(Box<Action>),
+    /// Another node does the same work now.
+    Twin(ActionKey),
+    Running(ActionKey),
+    Done(Done),
+    Failed,
+    Skipped,
+}
+
+/// What a running attempt tells the loop.
+enum Message {
+    Event(NodeId, u32, Body),
+    Ended(NodeId, Lease, Box<Result<End, AttemptError>>, ActionKey),
+}
+
+struct Engine<'a> {
+    work: &'a Work,
+    options: &'a Options,
+    workshop: Workshop,
+    files: Files,
+    pool: Pool,
+    journal: Journal,
+    reporter: &'a mut dyn Reporter,
+    histories: Vec<History>,
+    states: Vec<State>,
+    /// Nodes that may have become decidable.
+    open: Vec<NodeId>,
+    counts: Counts,
+    stop: (StopSender, StopReceiver),
+    failed: bool,
+    started: Instant,
+    running: usize,
+    priority: Vec<u64>,
+    error: Option<RunError>,
+    sender: mpsc::UnboundedSender<Message>,
+}
+
+/// Runs everything that `work` permits.
+///
+/// # Errors
+/// The store or the journal cannot be used. Stages that fail are no error: see [`Ended::outcome`].
+pub fn run(
+    store: Arc<Store>,
+    work: &Work,
+    pool: Pool,
+    options: &Options,
+    reporter: &mut dyn Reporter,
+) -> Result<Ended, RunError> {
+    let io = |action| move |source| RunError::Io { action, source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("start the runtime"))?;
+    let id = RunId::generate();
+    let names: Vec<String> = (0..work.pipelines.len()).map(|p| work.title(p)).collect();
+    let variant = (work.pipelines.len() == 1).then(|| work.pipelines[0].variant.clone()).flatten();
+    let name = work.pipelines.first().map(|p| p.name.clone()).unwrap_or_default();
+    let journal =
+        Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
+    let directory = std::env::current_dir().map_err(io("find the working directory"))?;
+    let files = Files::digest(&store, work)?;
+    let histories = names.iter().map(|title| History::open(store.root(), title)).collect();
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let run = id.as_str().to_owned();
+    let mut engine = Engine {
+        work,
+        options,
+        priority: priorities(&store, work),
+        workshop: Workshop { store, launcher: Launcher::this_program(), directory, run },
+        files,
+        pool,
+        journal,
+        reporter,
+        histories,
+        states: work.nodes.iter().map(|_| State::Waiting).collect(),
+        open: Vec::new(),
+        counts: Counts::default(),
+        stop: stop_channel(),
+        failed: false,
+        started: Instant::now(),
+        running: 0,
+        error: None,
+        sender,
+    };
+    engine.emit(
+        None,
+        None,
+        Body::RunStarted { version: crate::events::VERSION, pipeline: name, variant, stages: work.nodes.len() },
+    );
+    LocalSet::new().block_on(&runtime, engine.drive(receiver));
+    engine.finish(&names)
+}
+
+/// Longest remaining path, in milliseconds, by recorded durations; a stage never seen counts as a second.
+fn priorities(store: &Store, work: &Work) -> Vec<u64> {
+    let mut longest = vec![0u64; work.nodes.len()];
+    for id in (0..work.nodes.len()).rev() {
+        let own = if work.nodes.len() > 500 { 1000 } else { store.duration_hint(&work.nodes[id].label).unwrap_or(1000) };
+        let behind = work.nodes[id].dependents.iter().map(|&d| longest[d]).max().unwrap_or(0);
+        longest[id] = own.saturating_add(behind);
+    }
+    longest
+}
+
+impl Engine<'_> {
+    async fn drive(&mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
+        let (asked, mut stops) = mpsc::unbounded_channel();
+        let signals = tokio::task::spawn_local(interrupt::on_ctrl_c(self.stop.0.clone(), move |stop| {
+            let _ = asked.send(stop);
+        }));
+        self.open.extend((0..self.work.nodes.len()).rev());
+        self.settle();
+        loop {
+            self.start_what_fits();
+            if self.running == 0 {
+                break;
+            }
+            tokio::select! {
+                message = messages.recv() => match message {
+                    Some(Message::Event(id, attempt, body)) => self.emit(Some(id), Some(attempt), body),
+                    Some(Message::Ended(id, lease, end, key)) => self.ended(id, lease, *end, key),
+                    None => break,
+                },
+                Some(stop) = stops.recv() => {
+                    self.emit(None, None, Body::Stopping { at_once: stop == Stop::Now });
+                }
+            }
+        }
+        signals.abort();
+    }
+
+    /// Decides nodes until no decision follows from another.
+    fn settle(&mut self) {
+        while let Some(id) = self.open.pop() {
+            self.consider(id);
+        }
+    }
+
+    /// Decides a node whose inputs may all be known now.
+    fn consider(&mut self, id: NodeId) {
+        if !matches!(self.states[id], State::Waiting) || self.work.nodes[id].permission == Permission::Leave {
+            return;
+        }
+        let mut inputs = BTreeMap::new();
+        for (port, source) in &self.work.nodes[id].sources {
+            let content = match source {
+                Source::File(path) => self.files.get(path).copied(),
+                Source::Output { node, port, .. } => match &self.states[*node] {
+                    State::Done(done) => done.outputs.get(port).copied(),
+                    State::Failed | State::Skipped => {
+                        let because = format!("`{}` has no result", self.work.nodes[*node].label);
+                        return self.skip(id, because);
+                    }
+                    _ => return,
+                },
+            };
+            let Some(content) = content else { return };
+            inputs.insert(port.clone(), content);
+        }
+        let action = Action::new(self.work.stage(id), inputs, &self.files);
+        let answer = match decide::look_up(&self.workshop.store, &action.key) {
+            Ok(answer) => answer,
+            Err(error) => return self.give_up(error.into()),
+        };
+        let permission = self.work.nodes[id].permission;
+        match answer {
+            Answer::Ready(record) if permission != Permission::Force => {
+                self.emit(Some(id), None, Body::Cached { saved: Some(record.duration_ms as f64 / 1e3) });
+                self.done(id, Done { key: action.key, outputs: record.outputs });
+            }
+            answer => {
+                let place = self.work.nodes[id].places[0];
+                let stage = self.work.stage(id).name.to_string();
+                let reason = match (permission, &answer) {
+                    (Permission::Force, Answer::Ready(_)) => "forced".to_owned(),
+                    _ => decide::reason(&self.workshop.store, &answer, &action, &self.histories[place.pipeline], &stage),
+                };
+                if permission == Permission::UseOnly {
+                    let message = format!("its result is needed and not up to date ({reason})");
+                    let help = Some(format!("run it first: `--until {stage}`"));
+                    return self.fail(id, AttemptFailure { failure: Failure::WrongInput, message, help, tail: vec![] });
+                }
+                let busy = |s: &State| matches!(s, State::Running(k) if *k == action.key)
+                    || matches!(s, State::Queued(a) if a.key == action.key);
+                if self.states.iter().any(busy) {
+                    self.states[id] = State::Twin(action.key);
+                    return;
+                }
+                self.emit(Some(id), None, Body::Queued { reason, estimate: None });
+                self.states[id] = State::Queued(Box::new(action));
+            }
+        }
+    }
+
+    fn start_what_fits(&mut self) {
+        if *self.stop.1.borrow() != Stop::No || (self.failed && !self.options.keep_going) || self.error.is_some() {
+            return;
+        }
+        let mut queued: Vec<NodeId> =
+            (0..self.states.len()).filter(|&id| matches!(self.states[id], State::Queued(_))).collect();
+        if queued.is_empty() {
+            return;
+        }
+        queued.sort_by_key(|&id| std::cmp::Reverse(self.priority[id]));
+        let wanted: Vec<_> = queued.iter().map(|&id| self.work.stage(id).resources).collect();
+        for (place, lease) in self.pool.start(&wanted) {
+            self.start(queued[place], lease);
+        }
+    }
+
+    fn start(&mut self, id: NodeId, lease: Lease) {
+        let State::Queued(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return };
+        let key = action.key;
+        self.states[id] = State::Running(key);
+        self.running += 1;
+        let job = self.job(id, *action);
+        let policy = RetryPolicy { retries: Some(self.work.stage(id).retries).filter(|&r| r > 0), shrinks: false };
+        let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
+        let logs: Vec<PathBuf> = (1..=policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
+        tokio::task::spawn_local(async move {
+            let leased = Leased { cpus: lease.cpus, gpus: lease.devices.clone() };
+            let mut out_of_memory = 0;
+            let mut number = 0;
+            let end = loop {
+                let log = &logs[(number as usize).min(logs.len() - 1)];
+                number += 1;
+                let say = |body| {
+                    let _ = sender.send(Message::Event(id, number, body));
+                };
+                say(Body::Started { cpus: lease.cpus, devices: lease.devices.clone() });
+                let mut pass_on = |event| {
+                    if let Some(body) = Body::from_worker(event) {
+                        say(body);
+                    }
+                };
+                let end =
+                    workshop.attempt(&job, number, out_of_memory, &leased, log, stop.clone(), &mut pass_on).await;
+                let Ok(End::Failed { failure, duration }) = &end else { break end };
+                let Retry::After(pause) = policy.decide(failure.failure, number) else { break end };
+                if *stop.borrow() != Stop::No {
+                    break end;
+                }
+                out_of_memory += u32::from(failure.failure == Failure::OutOfMemory);
+                say(Body::failed(failure.clone(), *duration, Some(pause)));
+                tokio::time::sleep(pause).await;
+            };
+            let _ = sender.send(Message::Ended(id, lease, Box::new(end), key));
+        });
+    }
+
+    fn job(&self, id: NodeId, action: Action) -> Job {
+        let stage = self.work.stage(id);
+        let inputs = self.work.nodes[id]
+            .sources
+            .iter()
+            .map(|(port, source)| {
+                let input = match source {
+                    Source::File(path) => JobInput::File(path.clone()),
+                    Source::Output { file, .. } => JobInput::Stored(file.clone()),
+                };
+                (port.clone(), input)
+            })
+            .collect();
+        let output = |o: &grlm_stages::Output| JobOutput {
+            port: o.name.to_string(),
+            file: o.file.to_string(),
+            artifact: o.artifact,
+            may_be_empty: o.may_be_empty,
+        };
+        Job {
+            label: self.work.nodes[id].label.clone(),
+            pipeline: self.work.title(self.work.nodes[id].places[0].pipeline),
+            kind: stage.kind.name(),
+            params: stage.params.clone(),
+            action,
+            inputs,
+            outputs: stage.outputs.iter().map(output).collect(),
+            timeout: stage.timeout,
+            env: stage.env.clone(),
+            pass_env: stage.pass_env.clone(),
+            secrets: stage.secrets.clone(),
+            forced: self.work.nodes[id].permission == Permission::Force,
+        }
+    }
+
+    fn ended(&mut self, id: NodeId, lease: Lease, end: Result<End, AttemptError>, key: ActionKey) {
+        self.running -= 1;
+        self.pool.release(lease);
+        match end {
+            Ok(End::Published { record, duration }) => {
+                let milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+                self.workshop.store.remember_duration(&self.work.nodes[id].label, milliseconds);
+                let body = Body::Finished { seconds: duration.as_secs_f64(), peak_memory: record.peak_memory };
+                self.emit(Some(id), None, body);
+                self.done(id, Done { key, outputs: record.outputs });
+            }
+            Ok(End::Reused(outputs)) => {
+                self.emit(Some(id), None, Body::Cached { saved: None });
+                self.done(id, Done { key, outputs });
+            }
+            Ok(End::Failed { failure, duration }) => {
+                if failure.failure == Failure::Stopped {
+                    self.skip(id, "the run was stopped".into());
+                } else {
+                    self.fail_after(id, failure, duration);
+                }
+            }
+            Err(AttemptError::Store(error)) => self.give_up(error.into()),
+            Err(error) => {
+                let failure = AttemptFailure {
+                    failure: Failure::Environment,
+                    message: error.to_string(),
+                    help: std::error::Error::source(&error).map(ToString::to_string),
+                    tail: Vec::new(),
+                };
+                self.fail(id, failure);
+            }
+        }
+        let twins: Vec<NodeId> =
+            (0..self.states.len()).filter(|&t| matches!(self.states[t], State::Twin(k) if k == key)).collect();
+        for twin in twins {
+            self.states[twin] = State::Waiting;
+            self.open.push(twin);
+        }
+        self.settle();
+    }
+
+    /// A node has its result: it is shown, and what waited for it is decided.
+    fn done(&mut self, id: NodeId, done: Done) {
+        for place in &self.work.nodes[id].places {
+            let pipeline = &self.work.pipelines[place.pipeline];
+            let stage = &pipeline.stages[place.stage];
+            let folder = self.options.out.join(pipeline.out_name()).join(stage.name.as_str());
+            for output in &stage.outputs {
+                if let Some(content) = done.outputs.get(output.name.as_ref())
+                    && let Err(error) = self.workshop.store.materialise(content, &folder.join(output.file.as_ref()))
+                {
+                    return self.give_up(error.into());
+                }
+            }
+            self.histories[place.pipeline].remember(stage.name.as_str(), done.key);
+        }
+        self.states[id] = State::Done(done);
+        self.open.extend_from_slice(&self.work.nodes[id].dependents);
+    }
+
+    fn fail(&mut self, id: NodeId, failure: AttemptFailure) {
+        self.fail_after(id, failure, Duration::ZERO);
+    }
+
+    fn fail_after(&mut self, id: NodeId, failure: AttemptFailure, duration: Duration) {
+        self.failed = true;
+        self.emit(Some(id), None, Body::failed(failure, duration, None));
+        self.states[id] = State::Failed;
+        self.open.extend_from_slice(&self.work.nodes[id].dependents);
+    }
+
+    fn skip(&mut self, id: NodeId, because: String) {
+        if matches!(self.states[id], State::Skipped) {
+            return;
+        }
+        self.emit(Some(id), None, Body::Skipped { because });
+        self.states[id] = State::Skipped;
+        self.open.extend_from_slice(&self.work.nodes[id].dependents);
+    }
+
+    /// The store or the journal failed: nothing more is started.
+    fn give_up(&mut self, error: RunError) {
+        self.stop.0.ask(Stop::Save);
+        self.error.get_or_insert(error);
+    }
+
+    fn emit(&mut self, id: Option<NodeId>, attempt: Option<u32>, body: Body) {
+        self.counts.count(&body);
+        let stage = id.map(|id| self.work.nodes[id].label.clone());
+        let Some(run) = RunId::parse(&self.workshop.run) else { return };
+        let event = Event { t: now(), run, stage, attempt, body };
+        self.reporter.event(&event);
+        if let Err(error) = self.journal.append(&event) {
+            self.error.get_or_insert(error.into());
+        }
+    }
+
+    fn finish(mut self, titles: &[String]) -> Result<Ended, RunError> {
+        for (history, title) in self.histories.iter_mut().zip(titles) {
+            if let Err(error) = history.write(title) {
+                tracing::warn!(%error, "what was run is not remembered for explanations");
+            }
+        }
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        let interrupted = *self.stop.1.borrow() != Stop::No;
+        let left: Vec<NodeId> = (0..self.states.len())
+            .filter(|&id| {
+                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Twin(_))
+                    && self.work.nodes[id].permission != Permission::Leave
+            })
+            .collect();
+        for id in left {
+            let because = if interrupted { "the run was stopped" } else { "another stage failed" };
+            self.emit(Some(id), None, Body::Skipped { because: because.into() });
+        }
+        let outcome = match (interrupted, self.failed) {
+            (true, _) => Outcome::Interrupted,
+            (_, true) => Outcome::Failed,
+            _ => Outcome::Succeeded,
+        };
+        let (counts, seconds) = (self.counts, self.started.elapsed().as_secs_f64());
+        self.emit(None, None, Body::RunFinished { outcome, counts, seconds });
+        self.journal.flush()?;
+        let results = self.states.into_iter().map(|s| if let State::Done(done) = s { Some(done) } else { None });
+        Ok(Ended { outcome, counts, results: results.collect() })
+    }
+}
+
+/// Walks the graph without running anything: what each node would do, and why.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn foresee(store: &Store, work: &Work) -> Result<Vec<Foreseen>, RunError> {
+    let files = Files::digest(store, work)?;
+    let histories: HashMap<usize, History> =
+        (0..work.pipelines.len()).map(|p| (p, History::open(store.root(), &work.title(p)))).collect();
+    let mut plan: Vec<Foreseen> = Vec::with_capacity(work.nodes.len());
+    for (id, node) in work.nodes.iter().enumerate() {
+        if node.permission == Permission::Leave {
+            plan.push(Foreseen::Left);
+            continue;
+        }
+        let unknown = producers(node).find(|&p| !matches!(plan[p], Foreseen::UpToDate(_)));
+        if let Some(producer) = unknown {
+            plan.push(Foreseen::Maybe { waits_for: work.nodes[producer].label.clone() });
+            continue;
+        }
+        let inputs = node
+            .sources
+            .iter()
+            .filter_map(|(port, source)| {
+                let content = match source {
+                    Source::File(path) => files.get(path).copied(),
+                    Source::Output { node, port, .. } => match &plan[*node] {
+                        Foreseen::UpToDate(done) => done.outputs.get(port).copied(),
+                        _ => None,
+                    },
+                };
+                Some((port.clone(), content?))
+            })
+            .collect();
+        let action = Action::new(work.stage(id), inputs, &files);
+        let answer = decide::look_up(store, &action.key)?;
+        plan.push(match answer {
+            Answer::Ready(record) if node.permission != Permission::Force => {
+                Foreseen::UpToDate(Done { key: action.key, outputs: record.outputs })
+            }
+            Answer::Ready(_) => Foreseen::Run { reason: "forced".into(), action: Box::new(action) },
+            answer => {
+                let history = &histories[&node.places[0].pipeline];
+                let reason = decide::reason(store, &answer, &action, history, work.stage(id).name.as_str());
+                Foreseen::Run { reason, action: Box::new(action) }
+            }
+        });
+    }
+    Ok(plan)
+}
+
+/// What would happen to a node.
+#[derive(Debug)]
+pub enum Foreseen {
+    UpToDate(Done),
+    Run { reason: String, action: Box<Action> },
+    /// Decided when this stage has its result: an equal output stops the rerun there.
+    Maybe { waits_for: String },
+    /// Not asked for.
+    Left,
+}

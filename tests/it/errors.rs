@@ -1,0 +1,140 @@
+//! Bad input: one clear error that says where, what and what to do, and nothing runs.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use crate::environment::{Environment, THREE, three};
+
+/// Writes `text` as the pipeline, expects `run` to refuse it before anything runs, returns what was said.
+fn refused(text: &str) -> String {
+    let env = three();
+    env.write("three.yaml", text);
+    let said = env.fails(3, &["run", "three.yaml"]);
+    assert!(env.ran().is_empty(), "nothing may run");
+    said
+}
+
+fn assert_says(said: &str, wanted: &[&str]) {
+    for text in wanted {
+        assert!(said.contains(text), "`{text}` is missing from:\n{said}");
+    }
+}
+
+#[test]
+fn unknown_names_are_placed_and_answered_with_the_nearest() {
+    assert_says(&refused(&THREE.replace("text: upper.out", "text: uper.out")), &["three.yaml:12", "uper", "upper"]);
+    assert_says(&refused(&THREE.replacen("uses: command", "uses: comand", 1)), &["three.yaml:6", "comand", "command"]);
+    assert_says(&refused(&THREE.replace("text: upper.out", "text: upper.ot")), &["ot", "out"]);
+    assert_says(&refused(&THREE.replacen("with: { run:", "with: { rum:", 1)), &["three.yaml:8", "rum", "run"]);
+    assert_says(&refused(&THREE.replacen("${vars.source}", "${vars.sorce}", 1)), &["sorce", "source"]);
+    assert_says(&refused(&THREE.replacen("    outputs:", "    output:", 1)), &["output", "outputs"]);
+}
+
+#[test]
+fn all_mistakes_are_told_at_once() {
+    let said = refused(&THREE.replace("text: upper.out", "text: uper.out").replace("tr a-z A-Z", "tr ${vars.nope}"));
+    assert_says(&said, &["uper", "nope"]);
+}
+
+#[test]
+fn wrong_types_and_cycles_are_found() {
+    assert_says(&refused(&THREE.replacen("stages:", "vars2: 1\nstages:", 1)), &["vars2"]);
+    assert_says(
+        &refused(&THREE.replacen("with: { run: \"echo other", "retries: many\n    with: { run: \"echo other", 1)),
+        &["retries", "many"],
+    );
+    let said = refused(&THREE.replacen("{ file: \"${vars.source}\" }", "count.out", 1));
+    assert_says(&said, &["cycle", "upper", "count"]);
+}
+
+#[test]
+fn a_parameter_of_the_wrong_type_is_placed() {
+    let said = refused("name: x\nstages:\n  s:\n    uses: synth\n    with: { items: many }\n");
+    assert_says(&said, &["three.yaml:5", "items"]);
+}
+
+#[test]
+fn missing_files_and_folders_in_their_place_are_found() {
+    let env = three();
+    env.write("three.yaml", &THREE.replace("src.txt", "nowhere.txt"));
+    assert_says(&env.fails(3, &["run", "three.yaml"]), &["nowhere.txt", "three.yaml"]);
+    fs::create_dir(env.path("folder")).unwrap();
+    env.write("folder.yaml", "name: x\nstages:\n  s:\n    uses: id2meta\n    inputs: { tids: { file: folder } }\n");
+    assert_says(&env.fails(3, &["run", "folder.yaml"]), &["folder", "file"]);
+    assert_says(&env.fails(3, &["run", "absent.yaml"]), &["absent.yaml"]);
+    assert_says(&env.fails(3, &["run", "folder"]), &["folder"]);
+}
+
+#[test]
+fn an_undeclared_or_empty_output_fails_the_stage_and_publishes_nothing() {
+    let env = three();
+    env.write("three.yaml", &THREE.replace("> ${outputs.out}", "> /dev/null").replace(" > ${outputs.out}", ""));
+    assert_says(&env.fails(1, &["run", "three.yaml", "--until", "upper"]), &["upper", "out"]);
+    env.write("three.yaml", &THREE.replace("tr a-z A-Z < ${inputs.text}", "true"));
+    assert_says(&env.fails(1, &["run", "three.yaml", "--until", "upper"]), &["upper", "empty"]);
+    assert!(env.tree(".grlm/actions").is_empty());
+    assert!(!env.path("out/three/upper").exists());
+}
+
+#[test]
+fn paths_that_collide_or_leave_the_folder_are_refused() {
+    assert_says(&refused(&THREE.replacen("out: upper.txt", "out: ../upper.txt", 1)), &["../upper.txt"]);
+    assert_says(&refused(&THREE.replacen("out: upper.txt", "out: /tmp/upper.txt", 1)), &["/tmp/upper.txt"]);
+    assert_says(
+        &refused(&THREE.replacen("{ out: upper.txt }", "{ out: upper.txt, more: upper.txt }", 1)),
+        &["upper.txt"],
+    );
+}
+
+#[test]
+fn truncated_json_is_placed() {
+    let env = Environment::new();
+    env.write(
+        "tids.jsonl",
+        "{\"id\": \"1\", \"summary_words\": [\"a\",\"b\",\"c\",\"d\",\"e\"]}\n{\"id\": \"2\", \"summ",
+    );
+    env.write("x.yaml", "name: x\nstages:\n  s:\n    uses: id2meta\n    inputs: { tids: { file: tids.jsonl } }\n");
+    assert_says(&env.fails(1, &["run", "x.yaml"]), &["tids.jsonl:2"]);
+}
+
+#[test]
+fn garbage_and_bombs_are_refused_quickly() {
+    let env = Environment::new();
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");
+    for i in 1..12 {
+        let refs = vec![format!("*a{}", i - 1); 9].join(", ");
+        bomb.push_str(&format!("a{i}: &a{i} [{refs}]\n"));
+    }
+    env.write("bomb.yaml", &bomb);
+    env.fails(3, &["run", "bomb.yaml"]);
+    let noise: Vec<u8> = (0..50_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(env.path("noise.yaml"), noise).unwrap();
+    env.fails(3, &["run", "noise.yaml"]);
+    env.write("deep.yaml", &"[".repeat(200_000));
+    env.fails(3, &["run", "deep.yaml"]);
+    env.write("empty.yaml", "");
+    env.fails(3, &["run", "empty.yaml"]);
+}
+
+#[test]
+fn a_store_of_a_newer_version_is_refused() {
+    let env = three();
+    env.ok(&["run", "three.yaml"]);
+    env.write(".grlm/VERSION", "999\n");
+    assert_says(&env.fails(4, &["run", "three.yaml"]), &["999", "newer"]);
+}
+
+#[test]
+fn a_read_only_store_serves_what_it_has_and_refuses_the_rest() {
+    let env = three();
+    env.ok(&["run", "three.yaml"]);
+    env.ran();
+    // Root ignores permission bits; a file where a folder is expected stops everybody.
+    let blocked = env.path("blocked");
+    fs::write(&blocked, "").unwrap();
+    assert_says(&env.fails(4, &["run", "three.yaml", "--store", "blocked"]), &["blocked"]);
+    if !rustix::process::geteuid().is_root() {
+        fs::set_permissions(env.path(".grlm"), fs::Permissions::from_mode(0o555)).unwrap();
+        env.ok(&["plan", "three.yaml"]);
+        fs::set_permissions(env.path(".grlm"), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}

@@ -1,0 +1,97 @@
+//! Stages that fail, hang or retry.
+
+use crate::environment::{Environment, THREE, three};
+
+#[test]
+fn a_failing_stage_stops_the_run_with_its_last_words() {
+    let env = three();
+    env.write("three.yaml", &THREE.replace("tr a-z A-Z < ${inputs.text}", "echo the disk ate it >&2; exit 7"));
+    let said = env.fails(1, &["run", "three.yaml"]);
+    assert!(said.contains("upper") && said.contains("status 7") && said.contains("the disk ate it"), "{said}");
+    assert!(!env.ran().contains(&"count".to_owned()));
+    let logs = env.ok(&["logs", "upper"]).stdout;
+    assert!(logs.contains("the disk ate it"), "{logs}");
+}
+
+#[test]
+fn keep_going_finishes_what_does_not_depend_on_the_failure() {
+    let env = three();
+    env.write("three.yaml", &THREE.replace("tr a-z A-Z < ${inputs.text}", "exit 7"));
+    env.fails(1, &["run", "three.yaml", "--keep-going"]);
+    assert_eq!(env.ran(), ["other", "upper"]);
+    env.write("three.yaml", THREE);
+    env.ok(&["run", "three.yaml"]);
+    assert_eq!(env.ran(), ["count", "upper"], "what was finished is not done again");
+}
+
+#[test]
+fn retries_run_a_stage_again() {
+    let env = Environment::new();
+    env.write(
+        "flaky.yaml",
+        r#"
+name: flaky
+stages:
+  once:
+    uses: command
+    retries: 2
+    with: { run: "echo once >> journal; test $(wc -l < journal) -ge 2 && echo done > ${outputs.out}" }
+    outputs: { out: once.txt }
+"#,
+    );
+    env.ok(&["run", "flaky.yaml"]);
+    assert_eq!(env.ran(), ["once", "once"]);
+}
+
+#[test]
+fn a_stage_that_runs_longer_than_its_timeout_is_ended() {
+    let env = Environment::new();
+    env.write(
+        "slow.yaml",
+        r#"
+name: slow
+stages:
+  sleep:
+    uses: command
+    timeout: 1s
+    with: { run: "sleep 600 & sleep 600; echo > ${outputs.out}" }
+    outputs: { out: x.txt }
+"#,
+    );
+    let said = env.fails(1, &["run", "slow.yaml"]);
+    assert!(said.contains("timeout") || said.contains("longer than"), "{said}");
+}
+
+#[test]
+fn a_request_that_no_machine_can_meet_is_refused_before_anything_runs() {
+    let env = three();
+    env.write("three.yaml", &THREE.replacen("  count:\n", "  count:\n    resources: { gpus: 3 }\n", 1));
+    let said = env.fails(5, &["run", "three.yaml", "--devices", "sim:2x80GiB"]);
+    assert!(said.contains("count") && said.contains('3'), "{said}");
+    assert!(env.ran().is_empty());
+    env.ok(&["run", "three.yaml", "--devices", "sim:4x80GiB"]);
+}
+
+#[test]
+fn secrets_are_blanked_in_logs() {
+    let env = Environment::new();
+    env.write(
+        "secret.yaml",
+        r#"
+name: secret
+stages:
+  tell:
+    uses: command
+    secrets: [TOKEN]
+    with: { run: "echo my token is $TOKEN; echo ok > ${outputs.out}" }
+    outputs: { out: x.txt }
+"#,
+    );
+    let output = env.command(&["run", "secret.yaml"]).env("TOKEN", "hunter2secret").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let logs = env.ok(&["logs", "tell"]).stdout;
+    assert!(logs.contains("my token is") && !logs.contains("hunter2secret"), "{logs}");
+    for (path, content) in env.tree(".grlm") {
+        assert!(!String::from_utf8_lossy(&content).contains("hunter2secret"), "{}", path.display());
+    }
+}
