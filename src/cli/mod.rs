@@ -2,7 +2,13 @@
 //!
 //! Verbs print results to stdout and everything else to stderr; nothing below them prints.
 
+mod accept;
 mod completions;
+mod explain;
+mod plan;
+mod request;
+mod run;
+mod stages;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -33,6 +39,11 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    Run(run::Args),
+    Plan(plan::Args),
+    Explain(explain::Args),
+    Accept(accept::Args),
+    Stages(stages::Args),
     Completions(completions::Args),
 }
 
@@ -66,6 +77,11 @@ fn worker_main() -> Option<ExitCode> {
 
 fn dispatch(cli: Cli) -> Result<Code, CliError> {
     match &cli.verb {
+        Verb::Run(args) => run::run(args, &cli.global),
+        Verb::Plan(args) => plan::run(args, &cli.global),
+        Verb::Explain(args) => explain::run(args, &cli.global),
+        Verb::Accept(args) => accept::run(args, &cli.global),
+        Verb::Stages(args) => stages::run(args),
         Verb::Completions(args) => completions::run(args),
     }
 }

@@ -1,0 +1,91 @@
+//! `grlm plan`: what would run, and why.
+
+use grlm_cache::{Access, Store};
+use serde_json::json;
+
+use super::{
+    Global,
+    request::{self, Part, Selected},
+};
+use crate::{
+    engine::{
+        run::{Foreseen, foresee},
+        work::Work,
+    },
+    error::CliError,
+    exit_codes::Code,
+};
+
+/// Say what would run, and why; run nothing
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    selected: Selected,
+    #[command(flatten)]
+    part: Part,
+    /// GPUs to plan for: `0,2`, `none`, or made-up ones, `sim:8x80GiB`
+    #[arg(long, value_name = "DEVICES")]
+    devices: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
+    let work = request::work(vec![args.selected.load()?], &args.part)?;
+    if args.devices.is_some() {
+        request::pool(args.devices.as_deref(), &work)?;
+    }
+    show(&work, global, args.json)
+}
+
+/// Opens the store for reading; where there is none yet, an empty one in a temporary folder stands in.
+pub fn store_for_reading(global: &Global) -> Result<(Store, Option<tempfile::TempDir>), CliError> {
+    if global.store.join("VERSION").exists() {
+        // Writing lets the index remember what was hashed; a read-only store is planned all the same.
+        let store = Store::open(&global.store, Access::Write).or_else(|_| Store::open(&global.store, Access::Read))?;
+        return Ok((store, None));
+    }
+    let folder = tempfile::tempdir()
+        .map_err(|e| CliError::message(Code::Internal, format!("cannot make a temporary folder: {e}"), None))?;
+    Ok((Store::open(folder.path(), Access::Write)?, Some(folder)))
+}
+
+pub fn show(work: &Work, global: &Global, as_json: bool) -> Result<Code, CliError> {
+    let (store, _folder) = store_for_reading(global)?;
+    let plan = foresee(&store, work)?;
+    let mut lines = Vec::new();
+    let mut count = [0usize; 3];
+    for (id, foreseen) in plan.iter().enumerate() {
+        let (what, why) = match foreseen {
+            Foreseen::UpToDate(_) => {
+                count[0] += 1;
+                ("cached", String::new())
+            }
+            Foreseen::Run { reason, .. } => {
+                count[1] += 1;
+                ("run", reason.clone())
+            }
+            Foreseen::Maybe { waits_for } => {
+                count[2] += 1;
+                ("maybe", format!("waits for `{waits_for}`"))
+            }
+            Foreseen::Left => continue,
+        };
+        lines.push((work.nodes[id].label.as_str(), what, why));
+    }
+    if as_json {
+        let stages: Vec<_> =
+            lines.iter().map(|(stage, what, why)| json!({"stage": stage, "action": what, "reason": why})).collect();
+        println!("{}", serde_json::Value::Array(stages));
+        return Ok(Code::Ok);
+    }
+    if !global.quiet {
+        let width = lines.iter().map(|(stage, ..)| stage.chars().count()).max().unwrap_or(0);
+        for (stage, what, why) in &lines {
+            println!("{}", format!("{what:<7} {stage:<width$}  {why}").trim_end());
+        }
+    }
+    println!("{} cached, {} to run, {} maybe", count[0], count[1], count[2]);
+    Ok(Code::Ok)
+}

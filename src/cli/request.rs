@@ -1,0 +1,123 @@
+//! What `run`, `plan` and their kin have in common: a pipeline file, a selection, parts of it, and the store.
+
+use std::{path::PathBuf, sync::Arc};
+
+use grlm_cache::{Access, Store, StoreError};
+
+use super::Global;
+use crate::{
+    engine::{
+        run::RunError,
+        work::{Parts, Work},
+    },
+    error::CliError,
+    exit_codes::Code,
+    pipeline::{self, Selection},
+    pool::{Pool, WrongDevices},
+};
+
+/// A pipeline as a user selects it
+#[derive(Debug, Clone, clap::Args)]
+pub struct Selected {
+    /// The pipeline file
+    pub file: PathBuf,
+    /// A variant, or a cell of a matrix as in `lr[train.with.lr=1e-4]`
+    #[arg(long, value_name = "NAME")]
+    pub variant: Option<String>,
+    /// Another value for one path, as in `train.with.lr=1e-4` or `vars.data=folder`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
+    pub set: Vec<(String, String)>,
+}
+
+/// Which stages are meant
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Part {
+    /// These stages and all that they need
+    #[arg(long, value_name = "STAGE")]
+    pub until: Vec<String>,
+    /// These stages and all that depends on them; what they need must be up to date
+    #[arg(long, value_name = "STAGE")]
+    pub from: Vec<String>,
+    /// These stages and no others; what they need must be up to date
+    #[arg(long, value_name = "STAGE")]
+    pub only: Vec<String>,
+    /// Run these stages even if they are up to date
+    #[arg(long, value_name = "STAGE")]
+    pub force: Vec<String>,
+}
+
+fn assignment(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .filter(|(path, _)| !path.is_empty())
+        .map(|(path, value)| (path.to_owned(), value.to_owned()))
+        .ok_or_else(|| "expected PATH=VALUE".to_owned())
+}
+
+impl Selected {
+    /// Loads the pipeline and checks the files that it names.
+    pub fn load(&self) -> Result<pipeline::Pipeline, CliError> {
+        let selection = Selection { variant: self.variant.clone(), set: self.set.clone() };
+        Ok(pipeline::load(&self.file, &selection)?)
+    }
+}
+
+impl Part {
+    fn parts(&self) -> Parts {
+        Parts { until: self.until.clone(), from: self.from.clone(), only: self.only.clone(), force: self.force.clone() }
+    }
+}
+
+/// The graph of these pipelines; missing files and unknown stage names are told.
+pub fn work(pipelines: Vec<pipeline::Pipeline>, part: &Part) -> Result<Work, CliError> {
+    for pipeline in &pipelines {
+        pipeline.check_files()?;
+    }
+    Work::new(pipelines, &part.parts()).map_err(|unknown| {
+        let help = unknown.nearest.as_ref().map(|n| format!("did you mean `{n}`?"));
+        CliError::message(Code::Pipeline, unknown.to_string(), help)
+    })
+}
+
+pub fn open_store(global: &Global, access: Access) -> Result<Arc<Store>, CliError> {
+    Ok(Arc::new(Store::open(&global.store, access)?))
+}
+
+/// The devices to lease, and a check that every stage that may run can have what it wants.
+pub fn pool(devices: Option<&str>, work: &Work) -> Result<Pool, CliError> {
+    let pool = Pool::detect(devices)
+        .map_err(|e: WrongDevices| CliError::message(Code::Usage, e.to_string(), Some(WrongDevices::HELP.into())))?;
+    for id in 0..work.nodes.len() {
+        if let Some(why) = pool.never_fits(&work.stage(id).resources) {
+            let message = format!("stage `{}` cannot run here: {why}", work.nodes[id].label);
+            let help = "choose other `--devices`, or change the stage's `resources:`".to_owned();
+            return Err(CliError::message(Code::Resources, message, Some(help)));
+        }
+    }
+    Ok(pool)
+}
+
+impl From<StoreError> for CliError {
+    fn from(error: StoreError) -> Self {
+        let help = error.help();
+        let message = error.to_string();
+        match std::error::Error::source(&error).map(ToString::to_string) {
+            Some(cause) => CliError::message(Code::Store, format!("{message}: {cause}"), help),
+            None => CliError::message(Code::Store, message, help),
+        }
+    }
+}
+
+impl From<RunError> for CliError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Store(error) => error.into(),
+            RunError::Journal(error) => {
+                let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
+                CliError::message(Code::Store, format!("{error}{cause}"), Some("is there space left on the disk?".into()))
+            }
+            RunError::Io { action, source } => {
+                CliError::message(Code::Internal, format!("cannot {action}: {source}"), None)
+            }
+        }
+    }
+}
