@@ -102,7 +102,9 @@ impl fmt::Display for Difference {
             (_, None, _) => write!(f, "{place} is new"),
             (_, _, None) => write!(f, "{place} is gone"),
             (Ingredient::Code | Ingredient::Input(_) | Ingredient::CodeFile(_), ..) => write!(f, "{place} changed"),
-            (_, Some(earlier), Some(now)) if earlier.len().max(now.len()) <= 60 => write!(f, "{place} {earlier} → {now}"),
+            (_, Some(earlier), Some(now)) if earlier.len().max(now.len()) <= 60 => {
+                write!(f, "{place} {earlier} → {now}")
+            }
             _ => write!(f, "{place} changed"),
         }
     }
@@ -278,10 +280,30 @@ mod tests {
         assert_eq!(told(&|m| m.kind = "tid".into()), "kind similarity → tid");
         assert_eq!(told(&|m| m.version = 2), "key version 1 → 2");
         assert_eq!(told(&|m| m.device = Some(DeviceClass::Cuda)), "device class cpu → cuda");
-        assert_eq!(told(&|m| { m.inputs.insert("items".into(), Digest::of(b"x")); }), "input `items` changed");
-        assert_eq!(told(&|m| { m.code_files.insert("a.py".into(), Digest::of(b"x")); }), "code `a.py` is new");
-        assert_eq!(told(&|m| { m.env.insert("SEED".into(), None); }), "environment variable `SEED` is new");
-        assert_eq!(told(&|m| { m.outputs.insert("out".into(), "x".into()); }), "name of output `out` is new");
+        assert_eq!(
+            told(&|m| {
+                m.inputs.insert("items".into(), Digest::of(b"x"));
+            }),
+            "input `items` changed"
+        );
+        assert_eq!(
+            told(&|m| {
+                m.code_files.insert("a.py".into(), Digest::of(b"x"));
+            }),
+            "code `a.py` is new"
+        );
+        assert_eq!(
+            told(&|m| {
+                m.env.insert("SEED".into(), None);
+            }),
+            "environment variable `SEED` is new"
+        );
+        assert_eq!(
+            told(&|m| {
+                m.outputs.insert("out".into(), "x".into());
+            }),
+            "name of output `out` is new"
+        );
         assert!(base.diff(&base).is_empty());
     }
 

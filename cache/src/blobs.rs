@@ -28,7 +28,10 @@ pub enum Health {
     /// This blob (of several, for a folder) is not there.
     Missing(Digest),
     /// This blob was not what its name says. It was moved to `quarantined`, unless the store is open for reading only.
-    Damaged { digest: Digest, quarantined: Option<PathBuf> },
+    Damaged {
+        digest: Digest,
+        quarantined: Option<PathBuf>,
+    },
 }
 
 impl Health {
@@ -55,7 +58,8 @@ impl Store {
         self.require_write()?;
         let metadata = fs::symlink_metadata(path).map_err(StoreError::while_doing("look at", path))?;
         let linked = metadata.is_symlink();
-        let metadata = if linked { fs::metadata(path).map_err(StoreError::while_doing("follow", path))? } else { metadata };
+        let metadata =
+            if linked { fs::metadata(path).map_err(StoreError::while_doing("follow", path))? } else { metadata };
         if metadata.is_dir() {
             return self.ingest_folder(path, linked);
         }
@@ -216,7 +220,8 @@ impl Store {
     pub(crate) fn keep_signature<T>(&self, digest: &Digest, change: impl FnOnce() -> Result<T>) -> Result<T> {
         let path = self.path_of(digest);
         let known = self.blob_log.get(digest);
-        let held = known.filter(|known| matches!(look_at(&path), Ok(Some((signature, _))) if signature == known.signature));
+        let held =
+            known.filter(|known| matches!(look_at(&path), Ok(Some((signature, _))) if signature == known.signature));
         let result = change()?;
         if let Some(known) = held
             && let Ok(Some((signature, _))) = look_at(&path)
@@ -269,7 +274,8 @@ fn seal(file: &File, path: &Path) -> Result<Signature> {
         last_access: Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
         last_modification: Timespec { tv_sec: second, tv_nsec: 0 },
     };
-    rustix::fs::fchmod(file, rustix::fs::Mode::from_raw_mode(0o444)).map_err(StoreError::while_doing("make read-only", path))?;
+    rustix::fs::fchmod(file, rustix::fs::Mode::from_raw_mode(0o444))
+        .map_err(StoreError::while_doing("make read-only", path))?;
     rustix::fs::futimens(file, &times).map_err(StoreError::while_doing("date", path))?;
     signature_of(file, path)
 }
@@ -342,7 +348,9 @@ mod tests {
         ] {
             let content = ingested(&store, text);
             overwrite(&store.path_of(&content.digest), change);
-            let Health::Damaged { quarantined: Some(aside), .. } = store.check(&content).unwrap() else { panic!("{text}") };
+            let Health::Damaged { quarantined: Some(aside), .. } = store.check(&content).unwrap() else {
+                panic!("{text}")
+            };
             assert!(aside.exists());
             assert_eq!(store.check(&content).unwrap(), Health::Missing(content.digest));
             assert_eq!(ingested(&store, text), content);

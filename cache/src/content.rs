@@ -107,7 +107,10 @@ impl FolderManifest {
             };
             let size = size.parse().map_err(|_| wrong("has no size"))?;
             let path = unescape(path).ok_or_else(|| wrong("has a bad escape"))?;
-            if path.starts_with('/') || path.split('/').any(|name| matches!(name, "" | "." | "..")) || path.contains('\0') {
+            if path.starts_with('/')
+                || path.split('/').any(|name| matches!(name, "" | "." | ".."))
+                || path.contains('\0')
+            {
                 return Err(wrong("has a path that leaves the folder"));
             }
             if entries.last().is_some_and(|last| last.path.as_bytes() >= path.as_bytes()) {
@@ -173,7 +176,19 @@ mod tests {
     #[test]
     fn hostile_manifests_are_refused() {
         let digest = Digest::of(b"");
-        for body in ["x 1 a", "- 0", "- x a", "- 0 /a", "- 0 a/../b", "- 0 ..", "- 0 a//b", "- 0 b\n- 0 a", "- 0 a\n- 0 a", "- 0 a\\x", "- 0 a\\"] {
+        for body in [
+            "x 1 a",
+            "- 0",
+            "- x a",
+            "- 0 /a",
+            "- 0 a/../b",
+            "- 0 ..",
+            "- 0 a//b",
+            "- 0 b\n- 0 a",
+            "- 0 a\n- 0 a",
+            "- 0 a\\x",
+            "- 0 a\\",
+        ] {
             let text = format!("{HEADER}\n{body}\n");
             assert!(FolderManifest::parse(text.as_bytes(), digest).is_err(), "{body}");
         }

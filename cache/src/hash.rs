@@ -66,7 +66,9 @@ mod tests {
     fn equals_blake3_at_sizes_around_the_pieces() {
         let piece = usize::try_from(PIECE).unwrap();
         let bytes: Vec<u8> = (0..5 * piece + 77).map(|i| (i * 31 % 251) as u8).collect();
-        for size in [0, 1, 1023, 1025, piece - 1, piece, piece + 1, 2 * piece, 2 * piece + 1, 3 * piece + 1024, bytes.len()] {
+        for size in
+            [0, 1, 1023, 1025, piece - 1, piece, piece + 1, 2 * piece, 2 * piece + 1, 3 * piece + 1024, bytes.len()]
+        {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&bytes[..size]).unwrap();
             assert_eq!(hash_file(&file, size as u64).unwrap(), Digest::of(&bytes[..size]), "{size} bytes");

@@ -50,7 +50,8 @@ impl Store {
 
     fn digest_file(&self, path: &Path, signature: &Signature) -> Result<(Digest, Signature)> {
         let ask = signature.size >= WORTH_INDEXING
-            && self.hashed_unasked.fetch_add(signature.size, Ordering::Relaxed).saturating_add(signature.size) > HASH_UNASKED;
+            && self.hashed_unasked.fetch_add(signature.size, Ordering::Relaxed).saturating_add(signature.size)
+                > HASH_UNASKED;
         if ask && let Some(digest) = self.index.digest(signature) {
             return Ok((digest, *signature));
         }
@@ -133,7 +134,11 @@ struct Looked {
 
 fn look(root: &Path, walked: Walked, known: Option<SnapshotEntry>) -> Result<Looked> {
     let WalkedKind::File { signature, .. } = walked.kind else {
-        return Ok(Looked { entry: FolderEntry { path: walked.path, digest: None, size: 0 }, remember: None, fresh: false });
+        return Ok(Looked {
+            entry: FolderEntry { path: walked.path, digest: None, size: 0 },
+            remember: None,
+            fresh: false,
+        });
     };
     if let Some(known) = known.filter(|known| known.signature == signature) {
         let entry = FolderEntry { path: walked.path, digest: Some(known.digest), size: signature.size };

@@ -78,7 +78,8 @@ impl Store {
             }
         }
         let locked = file.metadata().map_err(StoreError::while_doing("look at", &path))?;
-        let is_current = fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino()));
+        let is_current =
+            fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino()));
         if !is_current {
             return match operation {
                 FlockOperation::NonBlockingLockExclusive => self.lock(key, operation),

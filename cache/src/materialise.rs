@@ -154,7 +154,8 @@ impl Store {
     fn remember_place(&self, digest: &Digest, dest: &Path, placement: Placement) -> Result<()> {
         if let Some((signature, _)) = look_at(dest)? {
             // Of a hard link only the digest matters: its blob has the signature.
-            let signature = if placement == Placement::HardLink { Signature { ctime: 0, ..signature } } else { signature };
+            let signature =
+                if placement == Placement::HardLink { Signature { ctime: 0, ..signature } } else { signature };
             self.place_log.put(place_key(dest)?, Remembered { digest: *digest, signature, on_disk: false });
         }
         Ok(())
@@ -219,7 +220,8 @@ impl Store {
         dest: &Path,
         mut put: impl FnMut(&Digest, &Path) -> Result<()>,
     ) -> Result<()> {
-        let make = |folder: &Path| fs::create_dir_all(folder).map_err(StoreError::while_doing("create the folder", folder));
+        let make =
+            |folder: &Path| fs::create_dir_all(folder).map_err(StoreError::while_doing("create the folder", folder));
         make(dest)?;
         let mut made = dest.to_path_buf();
         for entry in manifest.entries() {
@@ -274,8 +276,8 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
-    use crate::testing::{ingested, key, store};
     use crate::Health;
+    use crate::testing::{ingested, key, store};
 
     fn is_remembered(store: &Store, digest: &Digest) -> bool {
         let (there, _) = look_at(&store.path_of(digest)).unwrap().unwrap();

@@ -127,7 +127,10 @@ mod tests {
         index.remember_duration("train", 42);
         drop(index);
         let index = StatIndex::new(dir.path().join("host"), true);
-        assert_eq!((index.digest(&SIGNATURE), index.duration("train"), index.duration("x")), (Some(digest), Some(42), None));
+        assert_eq!(
+            (index.digest(&SIGNATURE), index.duration("train"), index.duration("x")),
+            (Some(digest), Some(42), None)
+        );
     }
 
     #[test]

@@ -52,10 +52,12 @@ impl Store {
         let version_path = root.join("VERSION");
         match fs::read_to_string(&version_path) {
             Ok(text) => check_version(&root, &text)?,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => match access {
-                Access::Read => return Err(StoreError::Absent { root }),
-                Access::Write => create(&root)?,
-            },
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                match access {
+                    Access::Read => return Err(StoreError::Absent { root }),
+                    Access::Write => create(&root)?,
+                }
+            }
             Err(error) => return Err(StoreError::io("read", &version_path, error)),
         }
         if access == Access::Write {
@@ -183,7 +185,11 @@ mod tests {
         drop(Store::open(&root, Access::Write).unwrap());
         drop(Store::open(&root, Access::Read).unwrap());
         assert_eq!(fs::read_to_string(root.join("VERSION")).unwrap(), "1\n");
-        assert!(fs::read_to_string(root.join("CACHEDIR.TAG")).unwrap().starts_with("Signature: 8a477f597d28d172789f06886806bc55"));
+        assert!(
+            fs::read_to_string(root.join("CACHEDIR.TAG"))
+                .unwrap()
+                .starts_with("Signature: 8a477f597d28d172789f06886806bc55")
+        );
     }
 
     #[test]

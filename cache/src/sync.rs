@@ -83,7 +83,9 @@ fn sync_each(paths: &[PathBuf]) -> Result<()> {
                 .map(|chunk| scope.spawn(move || chunk.iter().try_for_each(|path| sync_path(path))))
                 .collect();
             workers.into_iter().try_for_each(|worker| {
-                worker.join().unwrap_or_else(|_| Err(StoreError::io("sync", Path::new("store"), io::Error::other("a thread died"))))
+                worker.join().unwrap_or_else(|_| {
+                    Err(StoreError::io("sync", Path::new("store"), io::Error::other("a thread died")))
+                })
             })
         })?;
     }

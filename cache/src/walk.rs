@@ -23,7 +23,10 @@ pub(crate) struct Walked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WalkedKind {
     /// `linked`: it is, or lies behind, a symbolic link, so it is not this folder's own.
-    File { signature: Signature, linked: bool },
+    File {
+        signature: Signature,
+        linked: bool,
+    },
     EmptyFolder,
 }
 
@@ -114,7 +117,9 @@ fn read_names(root: &Path, folder: &OwnedFd, place: &Place) -> Result<Vec<(Strin
         match entry.file_name().to_str() {
             Ok("." | "..") => {}
             Ok(name) => names.push((name.to_owned(), entry.file_type())),
-            Err(_) => return Err(StoreError::NotUtf8 { path: shown().join(entry.file_name().to_string_lossy().as_ref()) }),
+            Err(_) => {
+                return Err(StoreError::NotUtf8 { path: shown().join(entry.file_name().to_string_lossy().as_ref()) });
+            }
         }
     }
     Ok(names)

@@ -113,7 +113,11 @@ impl From<RunError> for CliError {
             RunError::Store(error) => error.into(),
             RunError::Journal(error) => {
                 let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
-                CliError::message(Code::Store, format!("{error}{cause}"), Some("is there space left on the disk?".into()))
+                CliError::message(
+                    Code::Store,
+                    format!("{error}{cause}"),
+                    Some("is there space left on the disk?".into()),
+                )
             }
             RunError::Io { action, source } => {
                 CliError::message(Code::Internal, format!("cannot {action}: {source}"), None)

@@ -73,8 +73,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
 pub fn carry_out(work: &Work, how: &How, global: &Global) -> Result<Code, CliError> {
     let pool = request::pool(how.devices.as_deref(), work)?;
     let store = request::open_store(global, Access::Write)?;
-    let options =
-        Options { out: how.out.clone(), keep_going: how.keep_going, command: std::env::args().collect() };
+    let options = Options { out: how.out.clone(), keep_going: how.keep_going, command: std::env::args().collect() };
     let mut reporter: Box<dyn Reporter> = match how.message_format {
         MessageFormat::Json => Box::new(Json),
         MessageFormat::Plain if global.quiet => Box::new(Quiet),

@@ -78,11 +78,7 @@ fn describe(kind: &dyn StageKind) -> Value {
 
 /// Follows `$ref` into `$defs`.
 fn resolved<'a>(root: &'a Value, schema: &'a Value) -> &'a Value {
-    schema
-        .get("$ref")
-        .and_then(Value::as_str)
-        .and_then(|r| root.pointer(r.trim_start_matches('#')))
-        .unwrap_or(schema)
+    schema.get("$ref").and_then(Value::as_str).and_then(|r| root.pointer(r.trim_start_matches('#'))).unwrap_or(schema)
 }
 
 fn print_parameters(root: &Value, schema: &Value, depth: usize) {

@@ -64,10 +64,16 @@ pub struct Leased {
 #[derive(Debug)]
 pub enum End {
     /// This attempt's result was published.
-    Published { record: Box<ActionRecord>, duration: Duration },
+    Published {
+        record: Box<ActionRecord>,
+        duration: Duration,
+    },
     /// Another process published it first.
     Reused(BTreeMap<String, Content>),
-    Failed { failure: AttemptFailure, duration: Duration },
+    Failed {
+        failure: AttemptFailure,
+        duration: Duration,
+    },
 }
 
 /// Something below the stage failed: the store or the start of the worker.
@@ -127,8 +133,7 @@ impl Workshop {
         let folder = self.store.new_attempt(&key)?;
         let spec = self.spec(job, number, out_of_memory, leased, &folder)?;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let launch =
-            Launch { spec: &spec, folder: &folder, log, timeout: job.timeout, grace: Launch::GRACE };
+        let launch = Launch { spec: &spec, folder: &folder, log, timeout: job.timeout, grace: Launch::GRACE };
         let AttemptEnd { result, duration, peak_memory, .. } = self.launcher.run(&launch, stop, on_event).await?;
         if let Err(failure) = result {
             self.forget(&folder);

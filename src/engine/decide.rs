@@ -70,11 +70,8 @@ impl Action {
     /// Pins `stage` to `inputs`. Environment variables are read now.
     pub fn new(stage: &Stage, inputs: BTreeMap<String, Content>, files: &Files) -> Self {
         let digests = inputs.iter().map(|(port, content)| (port.clone(), content.digest)).collect();
-        let code = stage
-            .code
-            .iter()
-            .filter_map(|path| Some((path.display().to_string(), files.get(path)?.digest)))
-            .collect();
+        let code =
+            stage.code.iter().filter_map(|path| Some((path.display().to_string(), files.get(path)?.digest))).collect();
         let env = stage.env.iter().map(|name| (name.clone(), std::env::var(name).ok())).collect();
         let manifest = Manifest::new(stage, digests, code, env, device_class(stage));
         Self { key: manifest.key(), manifest, inputs }

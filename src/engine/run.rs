@@ -123,13 +123,13 @@ pub fn run(
     reporter: &mut dyn Reporter,
 ) -> Result<Ended, RunError> {
     let io = |action| move |source| RunError::Io { action, source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("start the runtime"))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("start the runtime"))?;
     let id = RunId::generate();
     let names: Vec<String> = (0..work.pipelines.len()).map(|p| work.title(p)).collect();
     let variant = (work.pipelines.len() == 1).then(|| work.pipelines[0].variant.clone()).flatten();
     let name = work.pipelines.first().map(|p| p.name.clone()).unwrap_or_default();
-    let journal =
-        Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
+    let journal = Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
     let directory = std::env::current_dir().map_err(io("find the working directory"))?;
     let files = Files::digest(&store, work)?;
     let histories = names.iter().map(|title| History::open(store.root(), title)).collect();
@@ -168,7 +168,8 @@ pub fn run(
 fn priorities(store: &Store, work: &Work) -> Vec<u64> {
     let mut longest = vec![0u64; work.nodes.len()];
     for id in (0..work.nodes.len()).rev() {
-        let own = if work.nodes.len() > 500 { 1000 } else { store.duration_hint(&work.nodes[id].label).unwrap_or(1000) };
+        let own =
+            if work.nodes.len() > 500 { 1000 } else { store.duration_hint(&work.nodes[id].label).unwrap_or(1000) };
         let behind = work.nodes[id].dependents.iter().map(|&d| longest[d]).max().unwrap_or(0);
         longest[id] = own.saturating_add(behind);
     }
@@ -246,15 +247,19 @@ impl Engine<'_> {
                 let stage = self.work.stage(id).name.to_string();
                 let reason = match (permission, &answer) {
                     (Permission::Force, Answer::Ready(_)) => "forced".to_owned(),
-                    _ => decide::reason(&self.workshop.store, &answer, &action, &self.histories[place.pipeline], &stage),
+                    _ => {
+                        decide::reason(&self.workshop.store, &answer, &action, &self.histories[place.pipeline], &stage)
+                    }
                 };
                 if permission == Permission::UseOnly {
                     let message = format!("its result is needed and not up to date ({reason})");
                     let help = Some(format!("run it first: `--until {stage}`"));
                     return self.fail(id, AttemptFailure { failure: Failure::WrongInput, message, help, tail: vec![] });
                 }
-                let busy = |s: &State| matches!(s, State::Running(k) if *k == action.key)
-                    || matches!(s, State::Queued(a) if a.key == action.key);
+                let busy = |s: &State| {
+                    matches!(s, State::Running(k) if *k == action.key)
+                        || matches!(s, State::Queued(a) if a.key == action.key)
+                };
                 if self.states.iter().any(busy) {
                     self.states[id] = State::Twin(action.key);
                     return;
@@ -289,7 +294,8 @@ impl Engine<'_> {
         let job = self.job(id, *action);
         let policy = RetryPolicy { retries: Some(self.work.stage(id).retries).filter(|&r| r > 0), shrinks: false };
         let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
-        let logs: Vec<PathBuf> = (1..=policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
+        let logs: Vec<PathBuf> =
+            (1..=policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
         tokio::task::spawn_local(async move {
             let leased = Leased { cpus: lease.cpus, gpus: lease.devices.clone() };
             let mut out_of_memory = 0;
@@ -306,8 +312,7 @@ impl Engine<'_> {
                         say(body);
                     }
                 };
-                let end =
-                    workshop.attempt(&job, number, out_of_memory, &leased, log, stop.clone(), &mut pass_on).await;
+                let end = workshop.attempt(&job, number, out_of_memory, &leased, log, stop.clone(), &mut pass_on).await;
                 let Ok(End::Failed { failure, duration }) = &end else { break end };
                 let Retry::After(pause) = policy.decide(failure.failure, number) else { break end };
                 if *stop.borrow() != Stop::No {
@@ -541,9 +546,14 @@ pub fn foresee(store: &Store, work: &Work) -> Result<Vec<Foreseen>, RunError> {
 #[derive(Debug)]
 pub enum Foreseen {
     UpToDate(Done),
-    Run { reason: String, action: Box<Action> },
+    Run {
+        reason: String,
+        action: Box<Action>,
+    },
     /// Decided when this stage has its result: an equal output stops the rerun there.
-    Maybe { waits_for: String },
+    Maybe {
+        waits_for: String,
+    },
     /// Not asked for.
     Left,
 }

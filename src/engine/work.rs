@@ -52,7 +52,11 @@ pub enum Permission {
 pub enum Source {
     File(PathBuf),
     /// An output of another node: its port, and the file name under which it is shown.
-    Output { node: NodeId, port: String, file: String },
+    Output {
+        node: NodeId,
+        port: String,
+        file: String,
+    },
 }
 
 /// A stage of a pipeline: indices into [`Work::pipelines`] and its stages.
@@ -153,8 +157,7 @@ impl Work {
 
     /// The nodes of this stage name, in any of the pipelines.
     fn named(&self, name: &str) -> Result<Vec<NodeId>, UnknownStage> {
-        let found: Vec<NodeId> =
-            (0..self.nodes.len()).filter(|&id| self.stage(id).name.to_string() == name).collect();
+        let found: Vec<NodeId> = (0..self.nodes.len()).filter(|&id| self.stage(id).name.to_string() == name).collect();
         if !found.is_empty() {
             return Ok(found);
         }

@@ -264,11 +264,7 @@ impl Spans {
 }
 
 fn push(nodes: &mut Vec<Node>, span: Span, children: Children) -> usize {
-    nodes.push(Node {
-        start: (span.start.line(), span.start.col()),
-        end: (span.end.line(), span.end.col()),
-        children,
-    });
+    nodes.push(Node { start: (span.start.line(), span.start.col()), end: (span.end.line(), span.end.col()), children });
     nodes.len() - 1
 }
 

@@ -58,9 +58,8 @@ pub(crate) fn every_mistake<T>(
                 place.push(field.to_owned());
                 if !removed.contains(&place) {
                     place.pop();
-                    mistakes.push(
-                        Mistake::key(&below(at, &place), format!("`{field}` is missing")).maybe_help(issue.help),
-                    );
+                    mistakes
+                        .push(Mistake::key(&below(at, &place), format!("`{field}` is missing")).maybe_help(issue.help));
                 }
                 continue;
             }

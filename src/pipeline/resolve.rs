@@ -64,7 +64,8 @@ pub(super) fn resolve(
     if !mistakes.is_empty() {
         return None;
     }
-    let stages = drafts.into_iter().zip(connected).map(|(draft, inputs)| draft.finish(inputs)).collect::<Option<_>>()?;
+    let stages =
+        drafts.into_iter().zip(connected).map(|(draft, inputs)| draft.finish(inputs)).collect::<Option<_>>()?;
     Some((file.name, stages))
 }
 
@@ -96,8 +97,7 @@ impl Draft {
             let at = below(&self.at, &["uses"]);
             if !poisoned.contains(&at) {
                 let names = grlm_stages::kinds().iter().map(|k| k.name());
-                let help =
-                    hint::nearest(&spec.uses, names).map(|near| format!("did you mean `{near}`?"));
+                let help = hint::nearest(&spec.uses, names).map(|near| format!("did you mean `{near}`?"));
                 self.mistakes.push(
                     Mistake::value(&at, format!("unknown kind `{}`", spec.uses))
                         .help(help.unwrap_or_else(|| "`grlm stages` lists the kinds".to_owned())),
@@ -110,9 +110,10 @@ impl Draft {
 
     fn fill_kind(&mut self, kind: &'static dyn StageKind, spec: &StageSpec, poisoned: &HashSet<KeyPath>) {
         let at = below(&self.at, &["with"]);
-        let params = kind.resolve_params(&spec.with).ok().or_else(|| {
-            every_mistake(&spec.with, &at, poisoned, &mut self.mistakes, |with| kind.resolve_params(with))
-        });
+        let params = kind
+            .resolve_params(&spec.with)
+            .ok()
+            .or_else(|| every_mistake(&spec.with, &at, poisoned, &mut self.mistakes, |with| kind.resolve_params(with)));
         let Some(params) = params else { return };
         match (kind.ports(&params), kind.resources(&params)) {
             (Ok(ports), Ok(resources)) => {
@@ -122,10 +123,10 @@ impl Draft {
                     self.declare_outputs(spec);
                 } else if let Some(port) = spec.outputs.keys().next() {
                     self.mistakes.push(
-                        Mistake::key(&below(&self.at, &["outputs", port]), format!(
-                            "the outputs of `{}` are fixed",
-                            kind.name()
-                        ))
+                        Mistake::key(
+                            &below(&self.at, &["outputs", port]),
+                            format!("the outputs of `{}` are fixed", kind.name()),
+                        )
                         .help(format!("`grlm stages {}` lists them", kind.name())),
                     );
                 }
@@ -134,9 +135,8 @@ impl Draft {
             }
             (Err(issues), _) | (_, Err(issues)) => {
                 for issue in issues {
-                    self.mistakes.push(
-                        Mistake::value(&below(&at, &keys(&issue.path)), issue.message).maybe_help(issue.help),
-                    );
+                    self.mistakes
+                        .push(Mistake::value(&below(&at, &keys(&issue.path)), issue.message).maybe_help(issue.help));
                 }
             }
         }
@@ -301,9 +301,10 @@ fn connect(
     let Some(spec) = &draft.spec else { return connected };
     for (port, value) in &spec.inputs {
         let at = below(&draft.at, &["inputs", port]);
-        let wanted = draft.ports.as_ref().map(|ports| {
-            ports.inputs.iter().find(|i| i.name == *port).map(|i| i.artifact).or(ports.open_inputs)
-        });
+        let wanted = draft
+            .ports
+            .as_ref()
+            .map(|ports| ports.inputs.iter().find(|i| i.name == *port).map(|i| i.artifact).or(ports.open_inputs));
         match wanted {
             Some(None) => {
                 let known = draft.ports.iter().flat_map(|p| &p.inputs).map(|i| i.name.as_ref());

@@ -209,9 +209,8 @@ impl<'v> Variables<'v> {
                 None => {
                     let known: Vec<&str> = value.as_object().into_iter().flatten().map(|(k, _)| k.as_str()).collect();
                     let help = hint::help(key, known);
-                    self.mistakes.push(
-                        Mistake::new(at, needle, format!("variable `{name}` has no `{key}`")).maybe_help(help),
-                    );
+                    self.mistakes
+                        .push(Mistake::new(at, needle, format!("variable `{name}` has no `{key}`")).maybe_help(help));
                     return None;
                 }
             }
@@ -233,7 +232,8 @@ impl<'v> Variables<'v> {
         }
         let at = path(&["vars", name]);
         if self.chain.len() >= MAX_CHAIN {
-            self.mistakes.push(Mistake::value(&at, format!("more than {MAX_CHAIN} variables use each other in a chain")));
+            self.mistakes
+                .push(Mistake::value(&at, format!("more than {MAX_CHAIN} variables use each other in a chain")));
             return None;
         }
         let written = self.written.get(name)?;
