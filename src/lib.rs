@@ -2,6 +2,8 @@
 
 pub mod allocator;
 pub mod cli;
+pub mod device;
+pub mod dispatch;
 pub mod engine;
 pub mod error;
 pub mod events;
@@ -14,3 +16,5 @@ pub mod metrics;
 pub mod pipeline;
 pub mod pool;
 pub mod progress;
+pub mod schedule;
+pub mod simulate;

@@ -1,0 +1,178 @@
+//! Finding out what this machine has.
+//!
+//! GPUs come from `nvidia-smi`, which takes up to a second or two: ask for them only when a stage wants one.
+
+use std::{env, fs, io, process::Command};
+
+use super::{Gpu, Machine, Selection, parse_bytes};
+
+/// Why the devices asked for cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscoverError {
+    #[error("there is no GPU {number}")]
+    NoSuchGpu { number: usize, found: String },
+    #[error("cannot read what nvidia-smi says: `{line}`")]
+    Unreadable { line: String },
+    #[error("nvidia-smi failed: {message}")]
+    Failed { message: String },
+}
+
+impl DiscoverError {
+    /// What to do next.
+    pub fn help(&self) -> String {
+        match self {
+            Self::NoSuchGpu { found, .. } => format!("found: {found}"),
+            Self::Unreadable { .. } | Self::Failed { .. } => "`--devices none` runs without GPUs".into(),
+        }
+    }
+}
+
+/// This machine, with the selected GPUs; none are looked for if `with_gpus` is false and none are selected by number.
+///
+/// # Errors
+/// If a selected GPU is not there, or `nvidia-smi` is there and does not work.
+pub fn machine(selection: &Selection, with_gpus: bool) -> Result<Machine, DiscoverError> {
+    let gpus = match selection {
+        Selection::None => Vec::new(),
+        Selection::Simulated(sizes) => simulated(sizes),
+        Selection::All if !with_gpus => Vec::new(),
+        Selection::All => visible(nvidia_smi()?, env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
+        Selection::Only(numbers) => {
+            let found = nvidia_smi()?;
+            let pick = |number: &usize| {
+                let gpu = found.iter().find(|(index, _)| index == number);
+                gpu.map(|(_, gpu)| gpu.clone()).ok_or_else(|| DiscoverError::NoSuchGpu {
+                    number: *number,
+                    found: match found.len() {
+                        0 => "no GPU".into(),
+                        _ => found.iter().map(|(index, _)| index.to_string()).collect::<Vec<_>>().join(", "),
+                    },
+                })
+            };
+            numbers.iter().map(pick).collect::<Result<_, _>>()?
+        }
+    };
+    Ok(Machine { cpus: cpus(), memory: memory(), gpus })
+}
+
+fn simulated(sizes: &[u64]) -> Vec<Gpu> {
+    let gpu = |(i, memory): (usize, &u64)| Gpu {
+        name: format!("sim{i}"),
+        uuid: format!("sim-{i}"),
+        memory: *memory,
+        simulated: true,
+    };
+    sizes.iter().enumerate().map(gpu).collect()
+}
+
+/// Cores this process may use: affinity and control groups considered.
+fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+}
+
+/// Memory of this machine or of this process's control group, whichever is less.
+fn memory() -> u64 {
+    let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?;
+        parse_bytes(&format!("{}KiB", line.trim()))
+    });
+    let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
+        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
+        let limits = [format!("/sys/fs/cgroup/{path}/memory.max"), "/sys/fs/cgroup/memory.max".to_owned()];
+        limits.iter().find_map(|limit| fs::read_to_string(limit).ok()?.trim().parse().ok())
+    });
+    // Without a figure there is nothing to account against.
+    total.into_iter().chain(group).min().unwrap_or(u64::MAX)
+}
+
+/// Number and GPU, of all that the driver shows. No `nvidia-smi` means no GPU.
+pub fn nvidia_smi() -> Result<Vec<(usize, Gpu)>, DiscoverError> {
+    let output = Command::new("nvidia-smi").args(["--query-gpu=index,uuid,memory.total", "--format=csv"]).output();
+    let output = match output {
+        Ok(output) => output,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(DiscoverError::Failed { message: error.to_string() }),
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        // A machine image with the tool and without a GPU.
+        let message = format!("{}{}", text, String::from_utf8_lossy(&output.stderr)).trim().to_owned();
+        let no_gpu = ["No devices were found", "couldn't communicate with the NVIDIA driver"];
+        return if no_gpu.iter().any(|t| message.contains(t)) {
+            Ok(Vec::new())
+        } else {
+            Err(DiscoverError::Failed { message })
+        };
+    }
+    parse_nvidia_smi(&text)
+}
+
+fn parse_nvidia_smi(text: &str) -> Result<Vec<(usize, Gpu)>, DiscoverError> {
+    let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("index"));
+    let mut gpus = Vec::new();
+    for line in lines {
+        if line.contains("No devices were found") {
+            continue;
+        }
+        let mut fields = line.split(',').map(str::trim);
+        let mut read = || {
+            let index: usize = fields.next()?.parse().ok()?;
+            let uuid = fields.next().filter(|u| !u.is_empty())?.to_owned();
+            let memory = parse_bytes(fields.next()?)?;
+            Some((index, Gpu { name: format!("gpu{index}"), uuid, memory, simulated: false }))
+        };
+        gpus.push(read().ok_or_else(|| DiscoverError::Unreadable { line: line.to_owned() })?);
+    }
+    Ok(gpus)
+}
+
+/// Keeps what `CUDA_VISIBLE_DEVICES` shows, in its order: numbers or UUIDs, which may be abbreviated. As in CUDA,
+/// the first entry that names nothing ends the list.
+fn visible(found: Vec<(usize, Gpu)>, variable: Option<&str>) -> Vec<Gpu> {
+    let Some(variable) = variable else { return found.into_iter().map(|(_, gpu)| gpu).collect() };
+    let pick = |entry: &str| {
+        let number = entry.parse::<usize>();
+        let is_it = |(index, gpu): &&(usize, Gpu)| match &number {
+            Ok(number) => index == number,
+            Err(_) => !entry.is_empty() && gpu.uuid.starts_with(entry),
+        };
+        found.iter().find(is_it).map(|(_, gpu)| gpu.clone())
+    };
+    variable.split(',').map(str::trim).map_while(pick).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: &str = "index, uuid, memory.total [MiB]\n0, GPU-aaaa-1, 81559 MiB\n1, GPU-bbbb-2, 24576 MiB\n";
+
+    #[test]
+    fn nvidia_smi_is_read() {
+        let gpus = parse_nvidia_smi(TWO).unwrap();
+        assert_eq!(gpus.len(), 2);
+        assert_eq!(gpus[1].1, {
+            Gpu { name: "gpu1".into(), uuid: "GPU-bbbb-2".into(), memory: 24 << 30, simulated: false }
+        });
+        assert!(parse_nvidia_smi("No devices were found\n").unwrap().is_empty());
+        assert!(parse_nvidia_smi("0, GPU-a, [N/A]\n").is_err());
+    }
+
+    #[test]
+    fn cuda_visible_devices_chooses() {
+        let names = |variable| -> Vec<String> {
+            visible(parse_nvidia_smi(TWO).unwrap(), variable).into_iter().map(|gpu| gpu.name).collect()
+        };
+        assert_eq!(names(None), ["gpu0", "gpu1"]);
+        assert_eq!(names(Some("1,0")), ["gpu1", "gpu0"]);
+        assert_eq!(names(Some("GPU-bbbb")), ["gpu1"]);
+        assert_eq!(names(Some("0,7,1")), ["gpu0"]);
+        assert!(names(Some("")).is_empty() && names(Some("-1")).is_empty());
+    }
+
+    #[test]
+    fn this_machine_has_a_core_and_memory() {
+        let machine = machine(&Selection::None, true).unwrap();
+        assert!(machine.cpus >= 1 && machine.memory > 1 << 20 && machine.gpus.is_empty());
+    }
+}
