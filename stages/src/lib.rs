@@ -24,6 +24,7 @@ pub mod evaluate;
 mod id2meta;
 mod import_tids;
 pub mod popularity;
+pub mod sasrec;
 mod synth;
 #[cfg(test)]
 mod testing;

@@ -23,6 +23,7 @@ registry! {
     crate::sft::SftRec,
     crate::sft::SftCollaborative,
     crate::sft::SftMerge,
+    crate::sasrec::Sasrec,
     crate::popularity::Popularity,
     crate::evaluate::Evaluate,
     crate::command::Command,

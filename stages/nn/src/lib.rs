@@ -2,5 +2,6 @@
 
 pub mod error;
 pub mod qwen3;
+pub mod sasrec;
 
 pub use error::Error;
