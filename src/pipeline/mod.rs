@@ -24,6 +24,7 @@ mod spec;
 mod template;
 mod text;
 mod variables;
+mod variants;
 
 use std::{
     collections::BTreeMap,
@@ -183,9 +184,8 @@ pub struct Selection {
 /// # Errors
 /// Everything that is wrong, with places.
 pub fn load(file: &Path, selection: &Selection) -> Result<Pipeline, PipelineErrors> {
-    let tree = text::read(file)?;
-    let text::Tree { mut root, sources, mut mistakes } = tree;
-    let _ = selection;
+    let text::Tree { mut root, mut sources, mut mistakes } = text::read(file)?;
+    variants::apply(&mut root, selection, &mut sources, &mut mistakes)?;
     let poisoned = {
         let vars = match root.get("vars") {
             Some(Value::Object(vars)) => vars.clone(),
@@ -212,6 +212,15 @@ pub fn load(file: &Path, selection: &Selection) -> Result<Pipeline, PipelineErro
         }),
         _ => Err(sources.report(mistakes)),
     }
+}
+
+/// The names of a file's variants, in its order; a matrix gives one for each of its cells.
+///
+/// # Errors
+/// The file cannot be read, or is not YAML.
+pub fn variants(file: &Path) -> Result<Vec<String>, PipelineErrors> {
+    let tree = text::read(file)?;
+    Ok(tree.root.get("variants").and_then(Value::as_object).map(variants::names).unwrap_or_default())
 }
 
 /// Kept for mistakes that are found later.

@@ -17,6 +17,7 @@ pub(crate) struct FileSpec {
     pub name: Option<String>,
     /// What the pipeline does, in a line or two.
     #[serde(default)]
+    #[allow(dead_code, reason = "for readers of the file")]
     pub description: Option<String>,
     /// Another pipeline file, relative to this one, that this one is laid over: maps are merged, `null` removes,
     /// anything else replaces; a stage that names another kind replaces the stage whole.
@@ -25,11 +26,13 @@ pub(crate) struct FileSpec {
     pub extends: Option<String>,
     /// Values that `${vars.NAME}` stands for; a `null` must be given by a variant or `--set vars.NAME=…`.
     #[serde(default)]
+    #[allow(dead_code, reason = "expanded in the tree before it is typed; stands here for the schema")]
     pub vars: Map<String, Value>,
     /// The stages, by name. Their order does not matter.
     pub stages: Map<String, Value>,
     /// Named changes to the pipeline, by name.
     #[serde(default)]
+    #[allow(dead_code, reason = "laid over the tree before it is typed; stands here for the schema")]
     pub variants: Map<String, Value>,
 }
 
@@ -117,6 +120,7 @@ pub(crate) struct ResourcesSpec {
 pub(crate) struct VariantSpec {
     /// What it is for, in a line or two.
     #[serde(default)]
+    #[allow(dead_code, reason = "for readers of the file")]
     pub description: Option<String>,
     /// Another variant that this one builds on.
     #[serde(default)]
