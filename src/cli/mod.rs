@@ -3,12 +3,18 @@
 //! Verbs print results to stdout and everything else to stderr; nothing below them prints.
 
 mod accept;
+mod compare;
 mod completions;
+mod dag;
 mod explain;
+mod logs;
 mod plan;
 mod request;
 mod run;
+mod schema;
 mod stages;
+mod sweep;
+mod variants;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -43,7 +49,13 @@ pub enum Verb {
     Plan(plan::Args),
     Explain(explain::Args),
     Accept(accept::Args),
+    Sweep(sweep::Args),
+    Compare(compare::Args),
+    Variants(variants::Args),
+    Logs(logs::Args),
+    Dag(dag::Args),
     Stages(stages::Args),
+    Schema(schema::Args),
     Completions(completions::Args),
 }
 
@@ -81,6 +93,12 @@ fn dispatch(cli: Cli) -> Result<Code, CliError> {
         Verb::Plan(args) => plan::run(args, &cli.global),
         Verb::Explain(args) => explain::run(args, &cli.global),
         Verb::Accept(args) => accept::run(args, &cli.global),
+        Verb::Sweep(args) => sweep::run(args, &cli.global),
+        Verb::Compare(args) => compare::run(args, &cli.global),
+        Verb::Variants(args) => variants::run(args),
+        Verb::Logs(args) => logs::run(args, &cli.global),
+        Verb::Dag(args) => dag::run(args),
+        Verb::Schema(args) => schema::run(args),
         Verb::Stages(args) => stages::run(args),
         Verb::Completions(args) => completions::run(args),
     }

@@ -46,7 +46,7 @@ pub struct Part {
     pub force: Vec<String>,
 }
 
-fn assignment(text: &str) -> Result<(String, String), String> {
+pub fn assignment(text: &str) -> Result<(String, String), String> {
     text.split_once('=')
         .filter(|(path, _)| !path.is_empty())
         .map(|(path, value)| (path.to_owned(), value.to_owned()))

@@ -20,6 +20,7 @@ mod mistake;
 mod places;
 mod repair;
 mod resolve;
+mod schema;
 mod spec;
 mod template;
 mod text;
@@ -38,6 +39,7 @@ use grlm_stages::{Output, Resources, StageKind};
 use serde_json::{Map, Value};
 
 pub use mistake::{PipelineError, PipelineErrors, Place};
+pub use schema::schema;
 pub use template::{SubstituteError, substitute};
 
 use places::Sources;

@@ -71,7 +71,9 @@ pub(crate) fn apply(
     }
     for (target, text) in &selection.set {
         let argument = format!("{target}={text}");
-        let refused = |(message, help): (String, Option<String>)| PipelineErrors::one(format!("--set {argument}: {message}"), help);
+        let refused = |(message, help): (String, Option<String>)| {
+            PipelineErrors::one(format!("--set {argument}: {message}"), help)
+        };
         let value: Value = serde_yaml::from_str(text)
             .map_err(|e| refused((format!("not a YAML value: {e}"), Some("quote it for YAML as well".into()))))?;
         put(root, target, value, Origin::Argument(argument.clone()), sources).map_err(refused)?;
@@ -115,9 +117,9 @@ fn find(wanted: &str, variants: &Map<String, Value>) -> Result<(String, Cell), P
     if cells.is_empty() && inside.is_none() {
         return Ok((name.to_owned(), Cell::new()));
     }
-    let found = cells.iter().find(|cell| {
-        inside.is_some_and(|text| *wanted == cell_name(name, cell) || same_values(text, cell))
-    });
+    let found = cells
+        .iter()
+        .find(|cell| inside.is_some_and(|text| *wanted == cell_name(name, cell) || same_values(text, cell)));
     match found {
         Some(cell) => Ok((name.to_owned(), cell.clone())),
         None if cells.is_empty() => Err(PipelineErrors::one(format!("variant `{name}` has no matrix"), None)),
@@ -137,9 +139,8 @@ fn same_values(text: &str, cell: &Cell) -> bool {
     let parts: Vec<&str> = text.split(',').collect();
     parts.len() == cell.len()
         && parts.iter().zip(cell).all(|(part, (target, value))| {
-            part.split_once('=').is_some_and(|(t, v)| {
-                t == target && serde_yaml::from_str::<Value>(v).is_ok_and(|v| v == *value)
-            })
+            part.split_once('=')
+                .is_some_and(|(t, v)| t == target && serde_yaml::from_str::<Value>(v).is_ok_and(|v| v == *value))
         })
 }
 
@@ -178,7 +179,10 @@ fn cells(block: &VariantSpec) -> Vec<Cell> {
         cells = cells
             .into_iter()
             .flat_map(|cell| {
-                values.iter().map(move |v| [cell.clone(), vec![(target.clone(), v.clone())]].concat()).collect::<Vec<_>>()
+                values
+                    .iter()
+                    .map(move |v| [cell.clone(), vec![(target.clone(), v.clone())]].concat())
+                    .collect::<Vec<_>>()
             })
             .collect();
     }
@@ -237,7 +241,8 @@ fn put(
         if slot.is_null() {
             *slot = Value::Object(Map::new());
         }
-        node = slot.as_object_mut().ok_or_else(|| (format!("`{target}` leads into `{step}`, which is no map"), None))?;
+        node =
+            slot.as_object_mut().ok_or_else(|| (format!("`{target}` leads into `{step}`, which is no map"), None))?;
     }
     if value.is_null() && *first != "vars" {
         node.shift_remove(last);

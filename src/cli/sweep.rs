@@ -1,0 +1,71 @@
+//! `grlm sweep`: several variants as one graph, in which equal stages run once.
+
+use std::path::PathBuf;
+
+use super::{
+    Global, plan,
+    request::{self, Part, Selected},
+    run::{How, carry_out},
+};
+use crate::{
+    error::CliError,
+    exit_codes::Code,
+    pipeline::{self, Pipeline},
+};
+
+/// Run several variants as one graph; what they share runs once
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    several: Several,
+    #[command(flatten)]
+    how: How,
+    /// Only say what would run
+    #[arg(long, short = 'n')]
+    dry_run: bool,
+}
+
+/// A pipeline file and some of its variants
+#[derive(Debug, Clone, clap::Args)]
+pub struct Several {
+    /// The pipeline file
+    pub file: PathBuf,
+    /// Variants, cells, matrices (all of their cells) and `default`; without any, everything the file has
+    pub variants: Vec<String>,
+    /// Another value for one path, in every variant; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = request::assignment)]
+    pub set: Vec<(String, String)>,
+}
+
+impl Several {
+    /// Loads every variant that is asked for, in that order.
+    pub fn load(&self) -> Result<Vec<Pipeline>, CliError> {
+        let all = pipeline::variants(&self.file)?;
+        let mut chosen: Vec<Option<String>> = Vec::new();
+        if self.variants.is_empty() {
+            chosen.push(None);
+            chosen.extend(all.iter().cloned().map(Some));
+        }
+        for name in &self.variants {
+            let cells: Vec<&String> =
+                all.iter().filter(|v| v.split_once('[').is_some_and(|(n, _)| n == name)).collect();
+            match name.as_str() {
+                "default" => chosen.push(None),
+                _ if !cells.is_empty() => chosen.extend(cells.into_iter().cloned().map(Some)),
+                _ => chosen.push(Some(name.clone())),
+            }
+        }
+        chosen
+            .into_iter()
+            .map(|variant| Selected { file: self.file.clone(), variant, set: self.set.clone() }.load())
+            .collect()
+    }
+}
+
+pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
+    let work = request::work(args.several.load()?, &Part::default())?;
+    if args.dry_run {
+        return plan::show(&work, global, false);
+    }
+    carry_out(&work, &args.how, global)
+}
