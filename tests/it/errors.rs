@@ -43,7 +43,7 @@ fn wrong_types_and_cycles_are_found() {
         &["retries", "many"],
     );
     let said = refused(&THREE.replacen("{ file: \"${vars.source}\" }", "count.out", 1));
-    assert_says(&said, &["cycle", "upper", "count"]);
+    assert_says(&said, &["wait for each other", "upper", "count"]);
 }
 
 #[test]
