@@ -18,6 +18,7 @@ registry! {
     crate::synth::Synth,
     crate::import_tids::ImportTids,
     crate::similarity::Similarity,
+    crate::tid::Tid,
     crate::id2meta::BuildId2Meta,
     crate::sft::SftMeta2Tid,
     crate::sft::SftRec,
