@@ -22,9 +22,11 @@ pub mod threads;
 mod command;
 pub mod evaluate;
 mod id2meta;
+mod import_items;
 mod import_tids;
 pub mod popularity;
 pub mod sasrec;
+mod python;
 mod synth;
 #[cfg(test)]
 mod testing;

@@ -16,6 +16,7 @@ macro_rules! registry {
 
 registry! {
     crate::synth::Synth,
+    crate::import_items::ImportItems,
     crate::import_tids::ImportTids,
     crate::similarity::Similarity,
     crate::tid::Tid,
