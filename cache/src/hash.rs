@@ -24,7 +24,7 @@ thread_local! {
 /// The digest of the first `size` bytes of `file`; a file that is shorter by now gives `UnexpectedEof`.
 pub(crate) fn hash_file(file: &File, size: u64) -> io::Result<Digest> {
     if size <= PIECE {
-        return with_piece(file, 0, size, |bytes| Digest::of(bytes));
+        return with_piece(file, 0, size, Digest::of);
     }
     let left = left_subtree_len(size);
     let (left_value, right_value) = rayon::join(|| subtree(file, 0, left), || subtree(file, left, size - left));

@@ -87,7 +87,7 @@ impl Store {
     /// Whether `dest` is the blob itself, or a copy of it that nobody has touched.
     fn is_placed(&self, digest: &Digest, dest: &Path) -> Result<bool> {
         let Some((found, true)) = look_at(dest)? else { return Ok(false) };
-        Ok(self.is_placed_file(digest, dest, &found)?)
+        self.is_placed_file(digest, dest, &found)
     }
 
     fn is_placed_file(&self, digest: &Digest, dest: &Path, found: &Signature) -> Result<bool> {

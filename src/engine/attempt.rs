@@ -60,6 +60,16 @@ pub struct Leased {
     pub gpus: Vec<String>,
 }
 
+/// Which try of a job this is.
+#[derive(Debug, Clone, Copy)]
+pub struct Trial<'a> {
+    /// Counted from 1.
+    pub number: u32,
+    /// How many earlier ones ran out of memory.
+    pub out_of_memory: u32,
+    pub log: &'a Path,
+}
+
 /// How an action ended.
 #[derive(Debug)]
 pub enum End {
@@ -108,10 +118,8 @@ impl Workshop {
     pub async fn attempt(
         &self,
         job: &Job,
-        number: u32,
-        out_of_memory: u32,
+        trial: &Trial<'_>,
         leased: &Leased,
-        log: &Path,
         stop: StopReceiver,
         on_event: &mut dyn FnMut(WorkerEvent),
     ) -> Result<End, AttemptError> {
@@ -131,9 +139,10 @@ impl Workshop {
             return Ok(End::Reused(record.outputs));
         }
         let folder = self.store.new_attempt(&key)?;
-        let spec = self.spec(job, number, out_of_memory, leased, &folder)?;
+        let spec = self.spec(job, trial, leased, &folder)?;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let launch = Launch { spec: &spec, folder: &folder, log, timeout: job.timeout, grace: Launch::GRACE };
+        let launch =
+            Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
         let AttemptEnd { result, duration, peak_memory, .. } = self.launcher.run(&launch, stop, on_event).await?;
         if let Err(failure) = result {
             self.forget(&folder);
@@ -180,22 +189,15 @@ impl Workshop {
     }
 
     /// Lays out the attempt's folder: inputs under readable names, an empty folder for outputs.
-    fn spec(
-        &self,
-        job: &Job,
-        number: u32,
-        out_of_memory: u32,
-        leased: &Leased,
-        folder: &Path,
-    ) -> Result<AttemptSpec, AttemptError> {
+    fn spec(&self, job: &Job, trial: &Trial<'_>, leased: &Leased, folder: &Path) -> Result<AttemptSpec, AttemptError> {
         let make = |path: &Path| {
             fs::create_dir_all(path).map_err(|source| AttemptError::Io { action: "create", path: path.into(), source })
         };
         let scratch = self.store.scratch(&job.action.key).join("kept");
         make(&scratch)?;
         let mut spec = AttemptSpec::new(&job.label, job.kind, job.params.clone(), &self.directory, &scratch);
-        spec.attempt = number;
-        spec.out_of_memory = out_of_memory;
+        spec.attempt = trial.number;
+        spec.out_of_memory = trial.out_of_memory;
         for (port, input) in &job.inputs {
             let path = match input {
                 JobInput::File(path) => self.directory.join(path),

@@ -80,7 +80,7 @@ impl Action {
 
 /// Results of stages that compute in floating point belong to the class of device that they ask for.
 pub fn device_class(stage: &Stage) -> Option<DeviceClass> {
-    stage.kind.floating_point().then(|| if stage.resources.gpus > 0 { DeviceClass::Cuda } else { DeviceClass::Cpu })
+    stage.kind.floating_point().then_some(if stage.resources.gpus > 0 { DeviceClass::Cuda } else { DeviceClass::Cpu })
 }
 
 /// The store's answer about an action.

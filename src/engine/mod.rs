@@ -7,11 +7,9 @@
 //! | `history` | what each stage stood for last time |
 //! | `attempt` | one action from lock to record |
 //! | `run` | the loop |
-//! | `snapshot` | the shortcut of a run with nothing to do |
 
 pub mod attempt;
 pub mod decide;
 pub mod history;
 pub mod run;
-pub mod snapshot;
 pub mod work;

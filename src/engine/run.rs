@@ -15,7 +15,7 @@ use grlm_stages::Failure;
 use tokio::{sync::mpsc, task::LocalSet};
 
 use super::{
-    attempt::{AttemptError, End, Job, JobInput, JobOutput, Leased, Workshop},
+    attempt::{AttemptError, End, Job, JobInput, JobOutput, Leased, Trial, Workshop},
     decide::{self, Action, Answer, Files},
     history::History,
     work::{NodeId, Permission, Source, Work, producers},
@@ -312,7 +312,9 @@ impl Engine<'_> {
                         say(body);
                     }
                 };
-                let end = workshop.attempt(&job, number, out_of_memory, &leased, log, stop.clone(), &mut pass_on).await;
+                let end = workshop
+                    .attempt(&job, &Trial { number, out_of_memory, log }, &leased, stop.clone(), &mut pass_on)
+                    .await;
                 let Ok(End::Failed { failure, duration }) = &end else { break end };
                 let Retry::After(pause) = policy.decide(failure.failure, number) else { break end };
                 if *stop.borrow() != Stop::No {

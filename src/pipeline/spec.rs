@@ -229,7 +229,7 @@ pub(crate) fn parse_bytes(text: &str) -> Option<u64> {
         _ => return None,
     };
     let bytes = number * unit as f64;
-    (bytes.is_finite() && bytes >= 0.0 && bytes < 1e18).then_some(bytes.round() as u64)
+    (0.0..1e18).contains(&bytes).then_some(bytes.round() as u64)
 }
 
 /// A value in a message: short, and said in words where it is not text or a number.

@@ -1,7 +1,9 @@
 //! Qwen3, SASRec, beam search over a catalogue, optimiser and trainer. The only home of candle.
 
+pub mod cpu;
 pub mod error;
 pub mod qwen3;
 pub mod sasrec;
+pub mod train;
 
 pub use error::Error;

@@ -1,0 +1,253 @@
+//! What stands between the products of a transformer: norms, rotary positions, the gate, softmax, log-sum-exp.
+//!
+//! Sums run in 16 fixed lanes that are added up pairwise, so that results do not depend on the vector width.
+
+use super::isa::for_every_isa;
+
+const LANES: usize = 16;
+
+/// Adds up 16 lanes, pairwise.
+#[inline(always)]
+fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Σ f(x) in 16 lanes.
+#[inline(always)]
+fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += f(*value);
+        }
+    }
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane += f(*value);
+    }
+    add_lanes(lanes)
+}
+
+#[inline(always)]
+fn max_of(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane = if *value > *lane { *value } else { *lane };
+        }
+    }
+    let mut max = f32::NEG_INFINITY;
+    for value in lanes.iter().chain(rest) {
+        max = if *value > max { *value } else { max };
+    }
+    max
+}
+
+/// eˣ within 2 units in the last place for −87 ≤ x ≤ 88, 0 below: Cody and Waite's reduction by ln 2, then a
+/// polynomial of degree 6 (the coefficients of Cephes' `expf`). Written so that the compiler vectorises it.
+#[inline(always)]
+#[allow(clippy::manual_clamp, reason = "`clamp` keeps NaN apart, and is not vectorised")]
+pub fn exp(x: f32) -> f32 {
+    const TO_INTEGER: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to the nearest integer
+    let clamped = if x < -87.0 {
+        -87.0
+    } else if x > 88.0 {
+        88.0
+    } else {
+        x
+    };
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, TO_INTEGER);
+    let n = shifted - TO_INTEGER;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let y = (r * r).mul_add(p, r) + 1.0;
+    // The integer sits in the low bits of `shifted`; moved into the exponent it multiplies by 2ⁿ.
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    if x < -87.0 { 0.0 } else { y * power }
+}
+
+for_every_isa! {
+    /// The inner product of two rows of one length.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
+        let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        let (rest_x, rest_y) = (xs.remainder(), ys.remainder());
+        for (x, y) in xs.zip(ys) {
+            for i in 0..LANES {
+                lanes[i] = x[i].mul_add(y[i], lanes[i]);
+            }
+        }
+        for ((lane, x), y) in lanes.iter_mut().zip(rest_x).zip(rest_y) {
+            *lane = x.mul_add(*y, *lane);
+        }
+        add_lanes(lanes)
+    }
+}
+
+for_every_isa! {
+    /// `out += factor · x`, element by element.
+    pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = factor.mul_add(*x, *out);
+        }
+    }
+}
+
+for_every_isa! {
+    /// Root mean square norm of every row: `out = x / sqrt(mean(x²) + eps) · weight`.
+    pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let width = weight.len();
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let scale = 1.0 / (sum_of(x, |v| v * v) / width as f32 + eps).sqrt();
+            for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * w;
+            }
+        }
+    }
+}
+
+for_every_isa! {
+    /// [`rms_norm`] of one head in place, then its rotary position (`cos`, `sin`: half a head long, the halves of a
+    /// head are the pairs), then times `scale`.
+    pub fn norm_and_rotate(head: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32], scale: f32) {
+        let inverse = scale / (sum_of(head, |v| v * v) / head.len() as f32 + eps).sqrt();
+        let half = head.len() / 2;
+        let (first, second) = head.split_at_mut(half);
+        let (weight_first, weight_second) = weight.split_at(half);
+        for i in 0..half.min(second.len()).min(cos.len()).min(sin.len()) {
+            let (a, b) = (first[i] * inverse * weight_first[i], second[i] * inverse * weight_second[i]);
+            first[i] = a * cos[i] - b * sin[i];
+            second[i] = b * cos[i] + a * sin[i];
+        }
+    }
+}
+
+for_every_isa! {
+    /// `out = silu(gate) · up`, where a row of `gate_up` holds both side by side, each `width` long.
+    pub fn gate(gate_up: &[f32], width: usize, out: &mut [f32]) {
+        for (both, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (gate, up) = both.split_at(width);
+            for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+                *out = g / (1.0 + exp(-g)) * u;
+            }
+        }
+    }
+}
+
+for_every_isa! {
+    /// Softmax in place.
+    pub fn softmax(row: &mut [f32]) {
+        let max = max_of(row);
+        for value in row.iter_mut() {
+            *value = exp(*value - max);
+        }
+        let scale = 1.0 / sum_of(row, |v| v);
+        for value in row.iter_mut() {
+            *value *= scale;
+        }
+    }
+}
+
+for_every_isa! {
+    /// The largest value of a row and `Σ exp(value − largest)`.
+    pub fn max_and_sum_exp(row: &[f32]) -> (f32, f32) {
+        let max = max_of(row);
+        (max, sum_of(row, |v| exp(v - max)))
+    }
+}
+
+for_every_isa! {
+    /// The largest value of a row.
+    pub fn max(row: &[f32]) -> f32 {
+        max_of(row)
+    }
+}
+
+/// `log Σ exp` of a row that arrives in parts; the parts' order and sizes must be the same for equal results.
+#[derive(Debug, Clone, Copy)]
+pub struct LogSumExp {
+    max: f32,
+    sum: f32,
+}
+
+impl Default for LogSumExp {
+    fn default() -> Self {
+        Self { max: f32::NEG_INFINITY, sum: 0.0 }
+    }
+}
+
+impl LogSumExp {
+    pub fn add(&mut self, part: &[f32]) {
+        let (max, sum) = max_and_sum_exp(part);
+        if max > self.max {
+            self.sum = self.sum * (self.max - max).exp() + sum;
+            self.max = max;
+        } else if max > f32::NEG_INFINITY {
+            self.sum += sum * (max - self.max).exp();
+        }
+    }
+
+    pub fn value(&self) -> f32 {
+        self.max + self.sum.ln()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_2_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -86_999..88_000i32 {
+            let x = i as f32 * 1e-3;
+            let exact = f64::from(x).exp();
+            worst = worst.max(((f64::from(exp(x)) - exact) / exact).abs());
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "relative error {worst}");
+        assert_eq!(exp(-100.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn log_sum_exp_in_parts_is_that_of_the_whole() {
+        let row: Vec<f32> = (0..1000).map(|i| ((i * 37) % 101) as f32 * 0.3 - 10.0).collect();
+        let exact = row.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
+        let mut parts = LogSumExp::default();
+        row.chunks(128).for_each(|part| parts.add(part));
+        assert!((f64::from(parts.value()) - exact).abs() < 1e-5, "{} against {exact}", parts.value());
+    }
+
+    #[test]
+    fn softmax_sums_to_1_and_leaves_out_what_is_masked() {
+        let mut row: Vec<f32> = (0..45).map(|i| i as f32 * 0.1).collect();
+        row[3] = f32::NEG_INFINITY;
+        softmax(&mut row);
+        assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        assert_eq!(row[3], 0.0);
+    }
+
+    #[test]
+    fn dot_adds_every_element_once() {
+        let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
+        assert_eq!(dot(&a, &[2.0; 37]), 2.0 * 36.0 * 37.0 / 2.0);
+    }
+}

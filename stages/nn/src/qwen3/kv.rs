@@ -1,0 +1,104 @@
+//! Keys and values: of a run of tokens, packed so that attention over it is one product, and of the tokens that
+//! beams have generated.
+
+use super::Config;
+use crate::cpu::Panels;
+
+/// Keys and values of a run of prompt tokens, for all layers. Read-only once written: any number of prompts share
+/// the segment of their common beginning, and all beams of a prompt share its segments.
+pub struct Segment {
+    length: usize,
+    /// Per layer and head of keys and values, in that order.
+    heads: Vec<HeadKv>,
+    kv_heads: usize,
+}
+
+/// One head of one layer.
+pub struct HeadKv {
+    /// `[head_dim, length]`: a product with queries gives scores.
+    pub keys: Panels,
+    /// `[length, head_dim]`: a product with probabilities gives the output.
+    pub values: Panels,
+}
+
+impl Segment {
+    /// Room for `length` tokens.
+    pub fn zeros(config: &Config, length: usize) -> Self {
+        let head =
+            || HeadKv { keys: Panels::zeros(config.head_dim, length), values: Panels::zeros(length, config.head_dim) };
+        let heads = (0..config.layers * config.kv_heads).map(|_| head()).collect();
+        Self { length, heads, kv_heads: config.kv_heads }
+    }
+
+    /// Bytes of a segment of `length` tokens.
+    pub fn bytes(config: &Config, length: usize) -> usize {
+        let head = Panels::bytes(config.head_dim, length) + Panels::bytes(length, config.head_dim);
+        config.layers * config.kv_heads * head
+    }
+
+    /// Tokens.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    pub fn head(&self, layer: usize, head: usize) -> &HeadKv {
+        &self.heads[layer * self.kv_heads + head]
+    }
+
+    /// Stores a token's keys and values (`[kv_heads, head_dim]`) in `layer` at `index`.
+    pub(super) fn store(&mut self, layer: usize, index: usize, keys: &[f32], values: &[f32]) {
+        let dim = keys.len() / self.kv_heads;
+        let heads = &mut self.heads[layer * self.kv_heads..(layer + 1) * self.kv_heads];
+        for ((head, key), value) in heads.iter_mut().zip(keys.chunks_exact(dim)).zip(values.chunks_exact(dim)) {
+            head.keys.set_column(index, key);
+            head.values.set_row(index, value);
+        }
+    }
+}
+
+/// A prompt and what its beams have generated so far. A generated token has a *slot*; a beam is a path of slots, so
+/// beams that share a beginning share its keys and values, and reordering beams copies nothing.
+pub struct Branches<'a> {
+    /// The prompt, in order: the shared beginning, then the rest.
+    prompt: Vec<&'a Segment>,
+    layers: Vec<SlotKv>,
+    slots: usize,
+}
+
+/// Keys and values of one layer's slots, `[slots, kv_heads × head_dim]` each.
+#[derive(Default, Clone)]
+pub(super) struct SlotKv {
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+}
+
+impl<'a> Branches<'a> {
+    pub fn new(config: &Config, prompt: impl IntoIterator<Item = &'a Segment>) -> Self {
+        Self { prompt: prompt.into_iter().collect(), layers: vec![SlotKv::default(); config.layers], slots: 0 }
+    }
+
+    pub fn prompt(&self) -> &[&'a Segment] {
+        &self.prompt
+    }
+
+    pub fn prompt_length(&self) -> usize {
+        self.prompt.iter().map(|s| s.length()).sum()
+    }
+
+    /// The next slot to be given out.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    pub(super) fn layer(&self, layer: usize) -> &SlotKv {
+        &self.layers[layer]
+    }
+
+    pub(super) fn layer_mut(&mut self, layer: usize) -> &mut SlotKv {
+        &mut self.layers[layer]
+    }
+
+    pub(super) fn add_slots(&mut self, count: usize) {
+        self.slots += count;
+    }
+}

@@ -1,0 +1,20 @@
+//! Training a Qwen3: the differentiable model, AdamW, packing, and the loop with validation and exact resume.
+//!
+//! All of it is written over flat `f32` slices with hand-made backward passes: on a CPU this is several times
+//! faster than a general autograd, and nothing is kept that is not needed. Samples are packed end to end, without
+//! padding. Results do not depend on the number of threads.
+
+pub mod adamw;
+mod attention;
+mod blocks;
+mod cross_entropy;
+mod kernels;
+pub mod layout;
+mod matrix;
+pub mod model;
+pub mod schedule;
+
+pub use adamw::{AdamW, AdamWOptions};
+pub use layout::Layout;
+pub use model::{Batch, DropoutRates, Model};
+pub use schedule::{Decay, Schedule};
