@@ -14,7 +14,6 @@ pub mod journal;
 pub mod key;
 pub mod metrics;
 pub mod pipeline;
-pub mod pool;
 pub mod progress;
 pub mod schedule;
 pub mod simulate;

@@ -8,6 +8,7 @@ use super::{
     request::{self, Part, Selected},
 };
 use crate::{
+    device,
     engine::{
         run::{Foreseen, foresee},
         work::Work,
@@ -25,7 +26,7 @@ pub struct Args {
     part: Part,
     /// GPUs to plan for: `0,2`, `none`, or made-up ones, `sim:8x80GiB`
     #[arg(long, value_name = "DEVICES")]
-    devices: Option<String>,
+    devices: Option<device::Selection>,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -33,8 +34,8 @@ pub struct Args {
 
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let work = request::work(vec![args.selected.load()?], &args.part)?;
-    if args.devices.is_some() {
-        request::pool(args.devices.as_deref(), &work)?;
+    if let Some(devices) = &args.devices {
+        request::machine(devices, &work)?;
     }
     show(&work, global, args.json)
 }

@@ -6,14 +6,14 @@ use grlm_cache::{Access, Store, StoreError};
 
 use super::Global;
 use crate::{
+    device::{self, Machine, discover},
     engine::{
         run::RunError,
-        work::{Parts, Work},
+        work::{Parts, Permission, Work},
     },
     error::CliError,
     exit_codes::Code,
     pipeline::{self, Selection},
-    pool::{Pool, WrongDevices},
 };
 
 /// A pipeline as a user selects it
@@ -82,18 +82,42 @@ pub fn open_store(global: &Global, access: Access) -> Result<Arc<Store>, CliErro
     Ok(Arc::new(Store::open(&global.store, access)?))
 }
 
-/// The devices to lease, and a check that every stage that may run can have what it wants.
-pub fn pool(devices: Option<&str>, work: &Work) -> Result<Pool, CliError> {
-    let pool = Pool::detect(devices)
-        .map_err(|e: WrongDevices| CliError::message(Code::Usage, e.to_string(), Some(WrongDevices::HELP.into())))?;
-    for id in 0..work.nodes.len() {
-        if let Some(why) = pool.never_fits(&work.stage(id).resources) {
-            let message = format!("stage `{}` cannot run here: {why}", work.nodes[id].label);
-            let help = "choose other `--devices`, or change the stage's `resources:`".to_owned();
+/// The machine to run on, and a check that every stage that may run can have what it wants.
+pub fn machine(devices: &device::Selection, work: &Work) -> Result<Machine, CliError> {
+    let wanted = |id: &usize| work.nodes[*id].permission != Permission::Leave;
+    let stages: Vec<usize> = (0..work.nodes.len()).filter(wanted).collect();
+    let with_gpus = stages.iter().any(|&id| work.stage(id).resources.gpus > 0);
+    let machine = discover::machine(devices, with_gpus)
+        .map_err(|e| CliError::message(Code::Resources, e.to_string(), Some(e.help())))?;
+    let pool = device::Pool::new(&machine);
+    for id in stages {
+        if let Err(unfit) = pool.check(work.stage(id).resources.into()) {
+            let message = format!("stage `{}` cannot run here: it {unfit}", work.nodes[id].label);
+            let help = format!("this machine: {machine}; change `--devices`, or the stage's `resources:`");
             return Err(CliError::message(Code::Resources, message, Some(help)));
         }
     }
-    Ok(pool)
+    Ok(machine)
+}
+
+/// Simulated devices are for planning, and for commands: a stage that computes would leave a result that claims to
+/// come from a GPU.
+pub fn check_simulated(machine: &Machine, work: &Work) -> Result<(), CliError> {
+    if !machine.gpus.iter().any(|gpu| gpu.simulated) {
+        return Ok(());
+    }
+    let computes = |id: &usize| {
+        let stage = work.stage(*id);
+        stage.kind.floating_point() && stage.resources.gpus > 0 && work.nodes[*id].permission != Permission::Leave
+    };
+    match (0..work.nodes.len()).find(computes) {
+        None => Ok(()),
+        Some(id) => Err(CliError::message(
+            Code::Resources,
+            format!("stage `{}` cannot run on simulated devices", work.nodes[id].label),
+            Some("`grlm plan` takes them; to run it on the CPU, set its `resources.gpus` to 0".into()),
+        )),
+    }
 }
 
 impl From<StoreError> for CliError {
@@ -118,6 +142,11 @@ impl From<RunError> for CliError {
                     format!("{error}{cause}"),
                     Some("is there space left on the disk?".into()),
                 )
+            }
+            RunError::Devices(error) => {
+                let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
+                let help = "leases of devices are kept there; XDG_RUNTIME_DIR names another place".to_owned();
+                CliError::message(Code::Resources, format!("{error}{cause}"), Some(help))
             }
             RunError::Io { action, source } => {
                 CliError::message(Code::Internal, format!("cannot {action}: {source}"), None)

@@ -10,6 +10,7 @@ use super::{
     request::{self, Part, Selected},
 };
 use crate::{
+    device,
     engine::{
         run::{self, Ended, Options},
         work::Work,
@@ -45,8 +46,8 @@ pub struct How {
     #[arg(long)]
     pub keep_going: bool,
     /// GPUs to use: `0,2`, `none`, or made-up ones, `sim:8x80GiB`; by default all that are found
-    #[arg(long, value_name = "DEVICES")]
-    pub devices: Option<String>,
+    #[arg(long, value_name = "DEVICES", default_value = "all")]
+    pub devices: device::Selection,
     /// How to tell what happens
     #[arg(long, value_enum, default_value = "plain")]
     pub message_format: MessageFormat,
@@ -71,7 +72,8 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
 
 /// Runs the work and shows its metrics.
 pub fn carry_out(work: &Work, how: &How, global: &Global) -> Result<Code, CliError> {
-    let pool = request::pool(how.devices.as_deref(), work)?;
+    let machine = request::machine(&how.devices, work)?;
+    request::check_simulated(&machine, work)?;
     let store = request::open_store(global, Access::Write)?;
     let options = Options { out: how.out.clone(), keep_going: how.keep_going, command: std::env::args().collect() };
     let mut reporter: Box<dyn Reporter> = match how.message_format {
@@ -79,7 +81,7 @@ pub fn carry_out(work: &Work, how: &How, global: &Global) -> Result<Code, CliErr
         MessageFormat::Plain if global.quiet => Box::new(Quiet),
         MessageFormat::Plain => Box::new(Plain::default()),
     };
-    let ended = run::run(store, work, pool, &options, reporter.as_mut())?;
+    let ended = run::run(store, work, machine, &options, reporter.as_mut())?;
     if ended.outcome == Outcome::Succeeded && !global.quiet && how.message_format == MessageFormat::Plain {
         show_metrics(work, &ended, &how.out);
     }

@@ -9,9 +9,7 @@ pub mod pool;
 
 use std::{fmt, str::FromStr};
 
-use grlm_stages::Device;
-
-use crate::{events::human_bytes, executor::AttemptSpec};
+use crate::events::human_bytes;
 
 pub use pool::{Lease, Pool, Request, Unfit};
 
@@ -38,12 +36,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Gives the attempt what it leased. Simulated GPUs take part in scheduling only: the stage runs on the CPU.
-    pub fn hand_over(&self, lease: &Lease, spec: &mut AttemptSpec) {
-        let real: Vec<&Gpu> = lease.gpus.iter().filter_map(|i| self.gpus.get(*i)).filter(|g| !g.simulated).collect();
-        spec.threads = lease.cpus as usize;
-        spec.devices = (0..real.len()).map(Device::Cuda).collect();
-        spec.visible_devices = real.iter().map(|gpu| gpu.uuid.clone()).collect();
+    /// The value of `CUDA_VISIBLE_DEVICES` for a lease. Simulated GPUs take part in scheduling only: the stage sees
+    /// none.
+    pub fn visible_devices(&self, lease: &Lease) -> Vec<String> {
+        let leased = lease.gpus.iter().filter_map(|i| self.gpus.get(*i));
+        leased.filter(|gpu| !gpu.simulated).map(|gpu| gpu.uuid.clone()).collect()
     }
 
     /// Names of the leased GPUs, for events.

@@ -21,6 +21,8 @@ use super::{
     work::{NodeId, Permission, Source, Work, producers},
 };
 use crate::{
+    device::{Lease, Machine, host::HostError},
+    dispatch::Dispatcher,
     events::{Body, Counts, Event, Outcome, now},
     executor::{
         AttemptFailure, Launcher, Stop, StopReceiver, StopSender, interrupt,
@@ -28,8 +30,8 @@ use crate::{
         stop_channel,
     },
     journal::{Journal, JournalError, RunId},
-    pool::{Lease, Pool},
     progress::Reporter,
+    schedule::{Task, TaskId},
 };
 
 /// How a request is carried out.
@@ -64,6 +66,8 @@ pub enum RunError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(transparent)]
+    Devices(#[from] HostError),
     #[error("cannot {action}")]
     Io { action: &'static str, source: io::Error },
 }
@@ -76,8 +80,8 @@ enum State {
     /// To run as soon as devices are free.
     Queued(Box<Action>),
     /// Another node does the same work now.
-    Twin(ActionKey),
-    Running(ActionKey),
+    Twin,
+    Running,
     Done(Done),
     Failed,
     Skipped,
@@ -86,7 +90,7 @@ enum State {
 /// What a running attempt tells the loop.
 enum Message {
     Event(NodeId, u32, Body),
-    Ended(NodeId, Lease, Box<Result<End, AttemptError>>, ActionKey),
+    Ended(NodeId, Box<Result<End, AttemptError>>, ActionKey),
 }
 
 struct Engine<'a> {
@@ -94,7 +98,7 @@ struct Engine<'a> {
     options: &'a Options,
     workshop: Workshop,
     files: Files,
-    pool: Pool,
+    dispatcher: Dispatcher,
     journal: Journal,
     reporter: &'a mut dyn Reporter,
     histories: Vec<History>,
@@ -106,7 +110,10 @@ struct Engine<'a> {
     failed: bool,
     started: Instant,
     running: usize,
-    priority: Vec<u64>,
+    /// Actions that are queued or run, and the nodes that wait for each beside the one that runs it.
+    active: HashMap<ActionKey, Vec<NodeId>>,
+    /// What earlier runs took, and the longest path that follows from it.
+    outlook: Outlook,
     error: Option<RunError>,
     sender: mpsc::UnboundedSender<Message>,
 }
@@ -118,7 +125,7 @@ struct Engine<'a> {
 pub fn run(
     store: Arc<Store>,
     work: &Work,
-    pool: Pool,
+    machine: Machine,
     options: &Options,
     reporter: &mut dyn Reporter,
 ) -> Result<Ended, RunError> {
@@ -138,10 +145,10 @@ pub fn run(
     let mut engine = Engine {
         work,
         options,
-        priority: priorities(&store, work),
+        outlook: Outlook::new(&store, work),
         workshop: Workshop { store, launcher: Launcher::this_program(), directory, run },
         files,
-        pool,
+        dispatcher: Dispatcher::new(machine),
         journal,
         reporter,
         histories,
@@ -152,6 +159,7 @@ pub fn run(
         failed: false,
         started: Instant::now(),
         running: 0,
+        active: HashMap::new(),
         error: None,
         sender,
     };
@@ -164,16 +172,31 @@ pub fn run(
     engine.finish(&names)
 }
 
-/// Longest remaining path, in milliseconds, by recorded durations; a stage never seen counts as a second.
-fn priorities(store: &Store, work: &Work) -> Vec<u64> {
-    let mut longest = vec![0u64; work.nodes.len()];
-    for id in (0..work.nodes.len()).rev() {
-        let own =
-            if work.nodes.len() > 500 { 1000 } else { store.duration_hint(&work.nodes[id].label).unwrap_or(1000) };
-        let behind = work.nodes[id].dependents.iter().map(|&d| longest[d]).max().unwrap_or(0);
-        longest[id] = own.saturating_add(behind);
+/// How long things are expected to take, in seconds, by what the store remembers.
+struct Outlook {
+    estimates: Vec<Option<f64>>,
+    /// The longest path from a node to an end of the graph: those go first.
+    remaining: Vec<f64>,
+}
+
+impl Outlook {
+    /// What a stage that never ran counts for.
+    const UNKNOWN: f64 = 1.0;
+    /// In larger graphs, asking for every stage costs more than a better order gains.
+    const LARGE: usize = 500;
+
+    fn new(store: &Store, work: &Work) -> Self {
+        let ask = work.nodes.len() <= Self::LARGE;
+        let hint = |label: &str| store.duration_hint(label).map(|milliseconds| milliseconds as f64 / 1e3);
+        let estimates: Vec<Option<f64>> =
+            work.nodes.iter().map(|node| if ask { hint(&node.label) } else { None }).collect();
+        let mut remaining = vec![0.0f64; work.nodes.len()];
+        for id in (0..work.nodes.len()).rev() {
+            let behind = work.nodes[id].dependents.iter().map(|&d| remaining[d]).fold(0.0, f64::max);
+            remaining[id] = estimates[id].unwrap_or(Self::UNKNOWN) + behind;
+        }
+        Self { estimates, remaining }
     }
-    longest
 }
 
 impl Engine<'_> {
@@ -186,13 +209,15 @@ impl Engine<'_> {
         self.settle();
         loop {
             self.start_what_fits();
-            if self.running == 0 {
+            let poll = self.dispatcher.waits_for_others() && self.may_start();
+            if self.running == 0 && !poll {
                 break;
             }
             tokio::select! {
+                () = tokio::time::sleep(Dispatcher::POLL), if poll => {}
                 message = messages.recv() => match message {
                     Some(Message::Event(id, attempt, body)) => self.emit(Some(id), Some(attempt), body),
-                    Some(Message::Ended(id, lease, end, key)) => self.ended(id, lease, *end, key),
+                    Some(Message::Ended(id, end, key)) => self.ended(id, *end, key),
                     None => break,
                 },
                 Some(stop) = stops.recv() => {
@@ -256,48 +281,62 @@ impl Engine<'_> {
                     let help = Some(format!("run it first: `--until {stage}`"));
                     return self.fail(id, AttemptFailure { failure: Failure::WrongInput, message, help, tail: vec![] });
                 }
-                let busy = |s: &State| {
-                    matches!(s, State::Running(k) if *k == action.key)
-                        || matches!(s, State::Queued(a) if a.key == action.key)
-                };
-                if self.states.iter().any(busy) {
-                    self.states[id] = State::Twin(action.key);
+                if let Some(twins) = self.active.get_mut(&action.key) {
+                    twins.push(id);
+                    self.states[id] = State::Twin;
                     return;
                 }
-                self.emit(Some(id), None, Body::Queued { reason, estimate: None });
+                let task = Task {
+                    id: TaskId(id),
+                    request: self.work.stage(id).resources.into(),
+                    priority: self.outlook.remaining[id],
+                    estimate: self.outlook.estimates[id],
+                };
+                if let Err(unfit) = self.dispatcher.add(task) {
+                    let message = unfit.to_string();
+                    return self
+                        .fail(id, AttemptFailure { failure: Failure::WrongInput, message, help: None, tail: vec![] });
+                }
+                self.active.insert(action.key, Vec::new());
+                self.emit(Some(id), None, Body::Queued { reason, estimate: task.estimate });
                 self.states[id] = State::Queued(Box::new(action));
             }
         }
     }
 
+    /// Nothing has happened after which no further stage may start.
+    fn may_start(&self) -> bool {
+        *self.stop.1.borrow() == Stop::No && (!self.failed || self.options.keep_going) && self.error.is_none()
+    }
+
     fn start_what_fits(&mut self) {
-        if *self.stop.1.borrow() != Stop::No || (self.failed && !self.options.keep_going) || self.error.is_some() {
+        if !self.may_start() {
             return;
         }
-        let mut queued: Vec<NodeId> =
-            (0..self.states.len()).filter(|&id| matches!(self.states[id], State::Queued(_))).collect();
-        if queued.is_empty() {
-            return;
-        }
-        queued.sort_by_key(|&id| std::cmp::Reverse(self.priority[id]));
-        let wanted: Vec<_> = queued.iter().map(|&id| self.work.stage(id).resources).collect();
-        for (place, lease) in self.pool.start(&wanted) {
-            self.start(queued[place], lease);
+        match self.dispatcher.start() {
+            Ok(starts) => {
+                for start in starts {
+                    self.start(start.id.0, start.lease);
+                }
+            }
+            Err(error) => self.give_up(error.into()),
         }
     }
 
     fn start(&mut self, id: NodeId, lease: Lease) {
         let State::Queued(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return };
         let key = action.key;
-        self.states[id] = State::Running(key);
+        self.states[id] = State::Running;
         self.running += 1;
         let job = self.job(id, *action);
         let policy = RetryPolicy { retries: Some(self.work.stage(id).retries).filter(|&r| r > 0), shrinks: false };
         let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
         let logs: Vec<PathBuf> =
             (1..=policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
+        let machine = self.dispatcher.machine();
+        let leased = Leased { cpus: lease.cpus as usize, gpus: machine.visible_devices(&lease) };
+        let devices = machine.names(&lease);
         tokio::task::spawn_local(async move {
-            let leased = Leased { cpus: lease.cpus, gpus: lease.devices.clone() };
             let mut out_of_memory = 0;
             let mut number = 0;
             let end = loop {
@@ -306,7 +345,7 @@ impl Engine<'_> {
                 let say = |body| {
                     let _ = sender.send(Message::Event(id, number, body));
                 };
-                say(Body::Started { cpus: lease.cpus, devices: lease.devices.clone() });
+                say(Body::Started { cpus: leased.cpus, devices: devices.clone() });
                 let mut pass_on = |event| {
                     if let Some(body) = Body::from_worker(event) {
                         say(body);
@@ -322,9 +361,13 @@ impl Engine<'_> {
                 }
                 out_of_memory += u32::from(failure.failure == Failure::OutOfMemory);
                 say(Body::failed(failure.clone(), *duration, Some(pause)));
-                tokio::time::sleep(pause).await;
+                let mut stopped = stop.clone();
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    _ = stopped.wait_for(|s| *s != Stop::No) => {}
+                }
             };
-            let _ = sender.send(Message::Ended(id, lease, Box::new(end), key));
+            let _ = sender.send(Message::Ended(id, Box::new(end), key));
         });
     }
 
@@ -363,9 +406,11 @@ impl Engine<'_> {
         }
     }
 
-    fn ended(&mut self, id: NodeId, lease: Lease, end: Result<End, AttemptError>, key: ActionKey) {
+    fn ended(&mut self, id: NodeId, end: Result<End, AttemptError>, key: ActionKey) {
         self.running -= 1;
-        self.pool.release(lease);
+        if let Err(error) = self.dispatcher.finish(TaskId(id)) {
+            self.give_up(error.into());
+        }
         match end {
             Ok(End::Published { record, duration }) => {
                 let milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -396,8 +441,7 @@ impl Engine<'_> {
                 self.fail(id, failure);
             }
         }
-        let twins: Vec<NodeId> =
-            (0..self.states.len()).filter(|&t| matches!(self.states[t], State::Twin(k) if k == key)).collect();
+        let twins = self.active.remove(&key).unwrap_or_default();
         for twin in twins {
             self.states[twin] = State::Waiting;
             self.open.push(twin);
@@ -473,7 +517,7 @@ impl Engine<'_> {
         let interrupted = *self.stop.1.borrow() != Stop::No;
         let left: Vec<NodeId> = (0..self.states.len())
             .filter(|&id| {
-                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Twin(_))
+                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Twin)
                     && self.work.nodes[id].permission != Permission::Leave
             })
             .collect();
