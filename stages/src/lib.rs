@@ -25,8 +25,8 @@ mod id2meta;
 mod import_items;
 mod import_tids;
 pub mod popularity;
-pub mod sasrec;
 mod python;
+pub mod sasrec;
 mod synth;
 #[cfg(test)]
 mod testing;
