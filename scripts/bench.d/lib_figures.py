@@ -16,6 +16,13 @@ def build():
     return GRLM
 
 
+def example(package, name):
+    """Builds an example of a package, which is how a part of it is timed alone."""
+    command = ["cargo", "build", "--release", "--quiet", "-p", package, "--example", name]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return os.path.join(ROOT, "target/release/examples", name)
+
+
 def debian(*packages):
     """Installs Debian packages that are not there yet."""
     missing = [p for p in packages if subprocess.run(["dpkg", "-s", p], capture_output=True).returncode]

@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod error;
+pub mod generate;
 pub mod qwen3;
 pub mod sasrec;
 pub mod train;

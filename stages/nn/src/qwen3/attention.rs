@@ -103,7 +103,7 @@ fn weigh_values<'a>(
 }
 
 /// Attention of beams: every row sees all of `prompt` and the slots of its own path, the last of which is itself.
-/// All paths are of one length. Returns `[rows, group × head_dim]`.
+/// Returns `[rows, group × head_dim]`.
 pub fn over_branches(
     shape: Shape,
     queries: &[f32],
@@ -113,7 +113,7 @@ pub fn over_branches(
     buffers: &mut Buffers,
 ) -> Vec<f32> {
     let (rows, dim) = (queries.len() / shape.query_width, shape.head_dim);
-    let depth = paths.first().map_or(0, |p| p.len());
+    let depth = paths.iter().map(|p| p.len()).max().unwrap_or(0);
     let earlier: usize = prompt.iter().map(|kv| kv.keys.cols()).sum();
     let total = earlier + depth;
     buffers.queries.clear();
@@ -140,7 +140,7 @@ pub fn over_branches(
         for (score, s) in row[earlier..].iter_mut().zip(path) {
             *score = ops::dot(query, &slots.keys[slot(&slots.keys, *s)]);
         }
-        ops::softmax(row);
+        ops::softmax(&mut row[..earlier + path.len()]);
     }
     weigh_values(shape, &buffers.scores, total, prompt.iter().map(|kv| (*kv, kv.keys.cols())), &mut out);
     for (index, (row, out)) in buffers.scores.chunks_exact(total).zip(out.chunks_exact_mut(dim)).enumerate() {

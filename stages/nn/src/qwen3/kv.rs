@@ -66,7 +66,6 @@ pub struct Branches<'a> {
 }
 
 /// Keys and values of one layer's slots, `[slots, kv_heads × head_dim]` each.
-#[derive(Default, Clone)]
 pub(super) struct SlotKv {
     pub keys: Vec<f32>,
     pub values: Vec<f32>,
@@ -74,7 +73,19 @@ pub(super) struct SlotKv {
 
 impl<'a> Branches<'a> {
     pub fn new(config: &Config, prompt: impl IntoIterator<Item = &'a Segment>) -> Self {
-        Self { prompt: prompt.into_iter().collect(), layers: vec![SlotKv::default(); config.layers], slots: 0 }
+        Self::with_room(config, prompt, 0)
+    }
+
+    /// Takes the memory of `slots` generated tokens at once; further ones grow it.
+    pub fn with_room(config: &Config, prompt: impl IntoIterator<Item = &'a Segment>, slots: usize) -> Self {
+        let room = slots * config.kv_width();
+        let layer = || SlotKv { keys: Vec::with_capacity(room), values: Vec::with_capacity(room) };
+        Self { prompt: prompt.into_iter().collect(), layers: (0..config.layers).map(|_| layer()).collect(), slots: 0 }
+    }
+
+    /// Bytes of `slots` generated tokens.
+    pub fn bytes(config: &Config, slots: usize) -> usize {
+        2 * config.layers * slots * config.kv_width() * size_of::<f32>()
     }
 
     pub fn prompt(&self) -> &[&'a Segment] {

@@ -58,12 +58,13 @@ pub struct Prompt<'a> {
     pub tokens: &'a [u32],
 }
 
-/// Beams to go one token further.
+/// Beams to go further, by one token or several.
 pub struct Step<'a, 's> {
     pub branches: &'a mut Branches<'s>,
-    /// The token that each beam takes.
+    /// The tokens to be computed.
     pub tokens: &'a [u32],
-    /// The slots of each beam before this token, all of one length.
+    /// The slots on the way to each token. They may be those of earlier tokens of this very step: that is how a beam
+    /// takes several tokens at once.
     pub paths: &'a [Vec<u32>],
 }
 
@@ -147,8 +148,8 @@ impl Qwen3 {
         Ok((segments, hidden))
     }
 
-    /// Takes every beam one token further; returns their hidden states (`[rows, hidden]`, after the last norm). The
-    /// new tokens take the next slots of their branches, in order.
+    /// Takes beams further; returns the new tokens' hidden states (`[rows, hidden]`, after the last norm). The new
+    /// tokens take the next slots of their branches, in order.
     ///
     /// # Errors
     /// As [`Qwen3::read`].
@@ -158,13 +159,13 @@ impl Qwen3 {
         let mut rows: Vec<Range<usize>> = Vec::with_capacity(steps.len());
         let mut paths: Vec<Vec<Vec<u32>>> = Vec::with_capacity(steps.len());
         for step in steps.iter() {
-            let position = step.branches.prompt_length() + step.paths.first().map_or(0, Vec::len);
-            for token in step.tokens {
-                self.check(std::slice::from_ref(token), position)?;
+            let before = step.branches.prompt_length();
+            for (token, path) in step.tokens.iter().zip(step.paths) {
+                self.check(std::slice::from_ref(token), before + path.len())?;
+                positions.push(before + path.len());
             }
             rows.push(tokens.len()..tokens.len() + step.tokens.len());
             tokens.extend_from_slice(step.tokens);
-            positions.extend(std::iter::repeat_n(position, step.tokens.len()));
             let with_self = |(index, path): (usize, &Vec<u32>)| {
                 let mut path = path.clone();
                 path.push((step.branches.slots() + index) as u32);

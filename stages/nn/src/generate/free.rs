@@ -1,0 +1,192 @@
+//! Beam search over the whole vocabulary, as transformers' `generate(num_beams=…)` does it.
+//!
+//! At every step the best `beams × max(2, 1 + ends)` continuations of a prompt are looked at, where `ends` is the
+//! number of tokens that end a text. Those among the first `beams` that end go into the list of finished texts, which
+//! keeps the best `beams` by score / length^penalty; the first `beams` that do not end go on. At `max_new` tokens
+//! everything ends. A prompt is done early when its best running beam, at its present length, is no better than the
+//! worst of a full list (transformers' `early_stopping=False`).
+
+use super::{Generator, memory, select::Best, session::ROWS_AT_ONCE};
+use crate::{
+    Error,
+    cpu::ops::LogSumExp,
+    qwen3::{Branches, Step},
+};
+
+/// How texts are searched for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Free {
+    pub beams: usize,
+    pub max_new: usize,
+    /// The score is the sum of log-probabilities / length^this; transformers' default is 1.
+    pub length_penalty: f32,
+    /// Tokens that end a text.
+    pub ends: Vec<u32>,
+}
+
+/// A text that a beam has written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hypothesis {
+    /// What was generated, with the token that ended it.
+    pub tokens: Vec<u32>,
+    /// The log-probability of each of `tokens`.
+    pub log_probabilities: Vec<f32>,
+    pub score: f32,
+}
+
+/// A text that is not finished.
+#[derive(Clone, Default)]
+struct Running {
+    tokens: Vec<u32>,
+    log_probabilities: Vec<f32>,
+    /// The slots of all tokens but the last.
+    path: Vec<u32>,
+    sum: f32,
+}
+
+/// One prompt's search.
+struct Search<'s> {
+    branches: Branches<'s>,
+    running: Vec<Running>,
+    finished: Vec<Hypothesis>,
+    done: bool,
+}
+
+impl Free {
+    /// For every prompt its `beams` best texts, best first.
+    ///
+    /// # Errors
+    /// No beams or no tokens to generate; as [`crate::qwen3::Qwen3::read`]; a model without a head.
+    pub fn search(&self, generator: &Generator, prompts: &[&[u32]]) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        if self.beams == 0 || self.max_new == 0 {
+            return Err(Error::argument("beam search needs at least one beam and one new token"));
+        }
+        generator.share_out(prompts, |prompts, threads| self.batch(generator, prompts, threads))
+    }
+
+    /// Continuations that are looked at.
+    fn considered(&self) -> usize {
+        self.beams * (1 + self.ends.len()).max(2)
+    }
+
+    fn batch(&self, generator: &Generator, prompts: &[&[u32]], threads: usize) -> Result<Vec<Vec<Hypothesis>>, Error> {
+        let (segments, mut hidden) = generator.read(prompts, threads)?;
+        let mut searches: Vec<Search> = generator
+            .branches(&segments, memory::free_slots(self.beams, self.max_new))
+            .into_iter()
+            .map(|branches| Search { branches, running: vec![Running::default()], finished: Vec::new(), done: false })
+            .collect();
+        loop {
+            let mut rows = self.best_of_rows(generator, &hidden, threads)?.into_iter();
+            for search in searches.iter_mut().filter(|s| !s.done) {
+                let rows: Vec<Row> = rows.by_ref().take(search.running.len()).collect();
+                self.choose(search, &rows);
+            }
+            let paths: Vec<Vec<Vec<u32>>> = searches
+                .iter_mut()
+                .map(|s| s.running.iter_mut().map(|r| std::mem::take(&mut r.path)).collect())
+                .collect();
+            let tokens: Vec<Vec<u32>> =
+                searches.iter().map(|s| s.running.iter().filter_map(|r| r.tokens.last().copied()).collect()).collect();
+            let mut steps = Vec::with_capacity(searches.len());
+            for ((search, tokens), paths) in searches.iter_mut().zip(&tokens).zip(&paths).filter(|((s, _), _)| !s.done)
+            {
+                steps.push(Step { branches: &mut search.branches, tokens, paths });
+            }
+            if steps.is_empty() {
+                break;
+            }
+            hidden = generator.advance(steps, threads)?;
+            for (search, paths) in searches.iter_mut().zip(paths).filter(|(s, _)| !s.done) {
+                let first = search.branches.slots() - search.running.len();
+                for (slot, (running, path)) in (first as u32..).zip(search.running.iter_mut().zip(paths)) {
+                    running.path = path;
+                    running.path.push(slot);
+                }
+            }
+        }
+        Ok(searches.into_iter().map(|s| s.finished).collect())
+    }
+
+    /// For every row of `hidden` the tokens that may be among the best continuations, with their log-probabilities.
+    fn best_of_rows(&self, generator: &Generator, hidden: &[f32], threads: usize) -> Result<Vec<Row>, Error> {
+        let model = generator.model;
+        let mut rows = Vec::new();
+        for hidden in hidden.chunks(ROWS_AT_ONCE * model.config().hidden_size) {
+            let count = hidden.len() / model.config().hidden_size;
+            let mut best: Vec<(Best, LogSumExp)> =
+                (0..count).map(|_| (Best::new(self.considered()), LogSumExp::default())).collect();
+            model.visit_logits(hidden, threads, |row, first, logits| {
+                best[row].0.add(first, logits);
+                best[row].1.add(logits);
+            })?;
+            rows.extend(best.into_iter().map(|(best, sum)| {
+                let sum = sum.value();
+                best.finish().into_iter().map(|(logit, token)| (logit - sum, token)).collect::<Row>()
+            }));
+        }
+        Ok(rows)
+    }
+
+    /// Takes one prompt's beams a token further.
+    fn choose(&self, search: &mut Search, rows: &[Row]) {
+        let running = std::mem::take(&mut search.running);
+        let mut candidates: Vec<Candidate> = Vec::with_capacity(rows.iter().map(Vec::len).sum());
+        for (beam, (from, row)) in running.iter().zip(rows).enumerate() {
+            candidates.extend(row.iter().map(|&(log_probability, token)| Candidate {
+                sum: from.sum + log_probability,
+                beam,
+                token,
+                log_probability,
+            }));
+        }
+        let order = |a: &Candidate, b: &Candidate| {
+            b.sum.total_cmp(&a.sum).then(a.beam.cmp(&b.beam)).then(a.token.cmp(&b.token))
+        };
+        let considered = self.considered();
+        if candidates.len() > considered {
+            candidates.select_nth_unstable_by(considered - 1, order);
+            candidates.truncate(considered);
+        }
+        candidates.sort_unstable_by(order);
+        let length = running.first().map_or(0, |r| r.tokens.len()) + 1;
+        let divisor = (length as f32).powf(self.length_penalty);
+        for (rank, candidate) in candidates.iter().enumerate() {
+            let ended = length == self.max_new || self.ends.contains(&candidate.token);
+            let continued = || {
+                let mut next = running[candidate.beam].clone();
+                next.tokens.push(candidate.token);
+                next.log_probabilities.push(candidate.log_probability);
+                next.sum = candidate.sum;
+                next
+            };
+            if !ended && search.running.len() < self.beams {
+                search.running.push(continued());
+            } else if ended && rank < self.beams {
+                let Running { tokens, log_probabilities, sum, .. } = continued();
+                search.finished.push(Hypothesis { tokens, log_probabilities, score: sum / divisor });
+            }
+        }
+        // A stable sort: of equal scores the one that finished first stays.
+        search.finished.sort_by(|a, b| b.score.total_cmp(&a.score));
+        search.finished.truncate(self.beams);
+        let hopeless = match (search.finished.get(self.beams - 1), search.running.first()) {
+            (Some(worst), Some(best)) => best.sum / divisor <= worst.score,
+            (_, best) => best.is_none(),
+        };
+        if hopeless || length == self.max_new {
+            search.done = true;
+            search.running.clear();
+        }
+    }
+}
+
+/// The best continuations of one beam: log-probability and token.
+type Row = Vec<(f32, u32)>;
+
+struct Candidate {
+    sum: f32,
+    beam: usize,
+    token: u32,
+    log_probability: f32,
+}

@@ -1,0 +1,68 @@
+//! The likeliest token at every step.
+
+use super::Generator;
+use crate::{Error, qwen3::Step};
+
+/// Continues every prompt by its likeliest tokens (of equals, the first) until `stop(what was written)` or `max_new`
+/// tokens. What is returned ends with the token that made it stop.
+///
+/// # Errors
+/// As [`crate::qwen3::Qwen3::read`], and a model without a head.
+pub fn greedy(
+    generator: &Generator,
+    prompts: &[&[u32]],
+    max_new: usize,
+    stop: impl Fn(&[u32]) -> bool + Sync,
+) -> Result<Vec<Vec<u32>>, Error> {
+    generator.share_out(prompts, |prompts, threads| batch(generator, prompts, max_new, &stop, threads))
+}
+
+fn batch(
+    generator: &Generator,
+    prompts: &[&[u32]],
+    max_new: usize,
+    stop: &impl Fn(&[u32]) -> bool,
+    threads: usize,
+) -> Result<Vec<Vec<u32>>, Error> {
+    let mut written: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+    let (segments, mut hidden) = generator.read(prompts, threads)?;
+    let mut branches = generator.branches(&segments, max_new);
+    let mut paths: Vec<[Vec<u32>; 1]> = vec![[Vec::new()]; prompts.len()];
+    let mut going: Vec<usize> = if max_new == 0 { Vec::new() } else { (0..prompts.len()).collect() };
+    while !going.is_empty() {
+        let best = likeliest(generator, &hidden, threads)?;
+        for (which, token) in going.iter().zip(best) {
+            written[*which].push(token);
+        }
+        going.retain(|which| written[*which].len() < max_new && !stop(&written[*which]));
+        let mut steps = Vec::with_capacity(going.len());
+        for (which, branches) in branches.iter_mut().enumerate() {
+            if going.binary_search(&which).is_ok() {
+                let tokens = &written[which][written[which].len() - 1..];
+                steps.push(Step { branches, tokens, paths: &paths[which] });
+            }
+        }
+        if !steps.is_empty() {
+            hidden = generator.advance(steps, threads)?;
+        }
+        for which in &going {
+            let slot = paths[*which][0].len() as u32;
+            paths[*which][0].push(slot);
+        }
+    }
+    Ok(written)
+}
+
+/// For every row the token with the largest logit.
+fn likeliest(generator: &Generator, hidden: &[f32], threads: usize) -> Result<Vec<u32>, Error> {
+    let rows = hidden.len() / generator.model.config().hidden_size;
+    let mut best = vec![(f32::NEG_INFINITY, 0u32); rows];
+    generator.model.visit_logits(hidden, threads, |row, first, logits| {
+        let max = crate::cpu::ops::max(logits);
+        if max > best[row].0 {
+            let at = logits.iter().position(|l| *l == max).unwrap_or(0);
+            best[row] = (max, (first + at) as u32);
+        }
+    })?;
+    Ok(best.into_iter().map(|(_, token)| token).collect())
+}

@@ -1,0 +1,88 @@
+//! What generation takes of the memory, in bytes: the formula by which batches are sized.
+//!
+//! ```text
+//! peak = weights + prefix + threads × (batch × prompt + work)
+//!
+//! weights = packed matrices (columns filled up to 32) and vectors in f32, and the mapped embeddings
+//! prefix  = keys and values of the shared beginning: 2 × layers × tokens × kv_width × 4 (keys filled up to 32 tokens)
+//! prompt  = the same for the tokens behind it, and for every token that beams generate
+//! work    = what lies between the products, for the rows that go through the network at once
+//! ```
+//!
+//! A test compares it with the peak of a process.
+
+use super::{Trie, session::ROWS_AT_ONCE};
+use crate::{
+    cpu::WIDTH,
+    qwen3::{Branches, Config, HEAD_CHUNK, Segment},
+};
+
+const FLOAT: usize = size_of::<f32>();
+
+/// Weights as the engine holds them, whose file has elements of `stored` bytes.
+pub fn weights(config: &Config, stored: usize) -> usize {
+    let packed: usize = config
+        .tensors()
+        .iter()
+        .map(|(_, shape)| match shape.as_slice() {
+            [out, inner] => inner * out.div_ceil(WIDTH) * WIDTH,
+            other => other.iter().product(),
+        })
+        .sum();
+    let embeddings = config.vocab_size * config.hidden_size;
+    // Tied embeddings are packed as the head; what is mapped comes on top. Others are only mapped.
+    let packed = if config.tied { packed } else { packed - embeddings };
+    packed * FLOAT + embeddings * stored
+}
+
+/// Keys and values of `tokens` prompt tokens.
+pub fn tokens(config: &Config, tokens: usize) -> usize {
+    Segment::bytes(config, tokens)
+}
+
+/// One prompt in work: `length` tokens behind the shared beginning, and `slots` generated ones.
+pub fn prompt(config: &Config, length: usize, slots: usize) -> usize {
+    Segment::bytes(config, length) + Branches::bytes(config, slots)
+}
+
+/// What one thread has between the products, where no prompt is longer than `longest` tokens.
+pub fn work(config: &Config, longest: usize) -> usize {
+    let rows = ROWS_AT_ONCE.max(longest);
+    let (q, kv) = (config.query_width(), config.kv_width());
+    let row =
+        4 * config.hidden_size + 3 * q + 4 * kv + 3 * config.intermediate_size + HEAD_CHUNK.min(config.vocab_size);
+    rows * row * FLOAT
+}
+
+/// Tokens that beams over a catalogue can generate for one prompt.
+pub fn catalogue_slots(trie: &Trie, beams: usize) -> usize {
+    beams.min(trie.entries()) * (trie.longest() - 1)
+}
+
+/// Tokens that unconstrained beams can generate for one prompt.
+pub fn free_slots(beams: usize, max_new: usize) -> usize {
+    beams * (max_new - 1)
+}
+
+/// What generation is asked for, as far as it takes memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Bytes of an element in the file of the weights.
+    pub stored: usize,
+    /// Tokens of the shared beginning.
+    pub prefix: usize,
+    pub threads: usize,
+    /// Prompts in work on each thread.
+    pub batch: usize,
+    /// Tokens of the longest prompt behind the beginning.
+    pub longest: usize,
+    /// Tokens that beams can generate for one prompt.
+    pub slots: usize,
+}
+
+/// The whole peak of generation.
+pub fn peak(config: &Config, load: Load) -> usize {
+    weights(config, load.stored)
+        + tokens(config, load.prefix)
+        + load.threads * (load.batch * prompt(config, load.longest, load.slots) + work(config, load.longest))
+}

@@ -1,0 +1,169 @@
+//! What all ways of decoding share: prompts that are read, their beams going forward, work shared out over threads.
+
+use rayon::prelude::*;
+
+use crate::{
+    Error,
+    cpu::ops::LogSumExp,
+    qwen3::{Branches, Prompt, Qwen3, Segment, Step, Wanted},
+};
+
+/// Rows (prompt tokens, or tokens of beams) that go through the network together: enough for the products to run at
+/// full speed, few enough for what lies between them to stay in the cache, and a bound on memory.
+pub const ROWS_AT_ONCE: usize = 256;
+
+/// A model that generates, after a beginning that all prompts share.
+pub struct Generator<'m> {
+    pub(super) model: &'m Qwen3,
+    prefix: Option<Segment>,
+    /// Prompts that one thread has in work.
+    batch: usize,
+    threads: usize,
+}
+
+impl<'m> Generator<'m> {
+    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool.
+    pub fn new(model: &'m Qwen3, threads: usize) -> Self {
+        Self { model, prefix: None, batch: 8, threads: threads.max(1) }
+    }
+
+    /// Computes `tokens` once; all prompts that are given from now on stand behind it.
+    ///
+    /// # Errors
+    /// As [`Qwen3::read`].
+    pub fn with_prefix(mut self, tokens: &[u32]) -> Result<Self, Error> {
+        let whole = [Prompt { prefix: None, tokens }];
+        self.prefix = if tokens.is_empty() {
+            None
+        } else {
+            self.model.read(&whole, Wanted::Last, self.threads)?.0.into_iter().next()
+        };
+        Ok(self)
+    }
+
+    /// Prompts that one thread has in work; more of them cost memory, and change no result.
+    pub fn with_batch(mut self, batch: usize) -> Self {
+        self.batch = batch.max(1);
+        self
+    }
+
+    pub fn model(&self) -> &'m Qwen3 {
+        self.model
+    }
+
+    pub(super) fn prefix(&self) -> Option<&Segment> {
+        self.prefix.as_ref()
+    }
+
+    /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts.
+    pub(super) fn share_out<P: Sync, R: Send>(
+        &self,
+        prompts: &[P],
+        decode: impl Fn(&[P], usize) -> Result<Vec<R>, Error> + Sync,
+    ) -> Result<Vec<R>, Error> {
+        let mut done = Vec::with_capacity(prompts.len());
+        if self.threads == 1 || prompts.len() < self.threads {
+            for batch in prompts.chunks(self.batch) {
+                done.extend(decode(batch, self.threads)?);
+            }
+            return Ok(done);
+        }
+        let batch = self.batch.min(prompts.len().div_ceil(self.threads));
+        let parts: Result<Vec<Vec<R>>, Error> = prompts.par_chunks(batch).map(|batch| decode(batch, 1)).collect();
+        done.extend(parts?.into_iter().flatten());
+        Ok(done)
+    }
+
+    /// Reads prompts (what stands behind the prefix); returns their segments and, for each, the hidden state of its
+    /// last token, `[prompts, hidden]`.
+    pub(super) fn read(&self, prompts: &[&[u32]], threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
+        let mut segments = Vec::with_capacity(prompts.len());
+        let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
+        for part in split_by_rows(prompts, |tokens| tokens.len()) {
+            let part: Vec<Prompt> = part.iter().map(|tokens| Prompt { prefix: self.prefix(), tokens }).collect();
+            let (read, last) = self.model.read(&part, Wanted::Last, threads)?;
+            segments.extend(read);
+            hidden.extend(last);
+        }
+        Ok((segments, hidden))
+    }
+
+    /// Empty branches on each of the segments, with room for `slots` generated tokens.
+    pub(super) fn branches<'s>(&'s self, segments: &'s [Segment], slots: usize) -> Vec<Branches<'s>> {
+        let prompt = |own: &'s Segment| self.prefix().into_iter().chain([own]);
+        segments.iter().map(|own| Branches::with_room(self.model.config(), prompt(own), slots)).collect()
+    }
+
+    /// Takes beams forward, [`ROWS_AT_ONCE`] or so at a time; returns the hidden states of all rows in order.
+    pub(super) fn advance(&self, mut steps: Vec<Step>, threads: usize) -> Result<Vec<f32>, Error> {
+        let mut hidden = Vec::new();
+        let mut rest = steps.as_mut_slice();
+        while !rest.is_empty() {
+            let count = first_by_rows(rest, |step| step.tokens.len());
+            let (now, later) = rest.split_at_mut(count);
+            hidden.extend(self.model.step(now, threads)?);
+            rest = later;
+        }
+        Ok(hidden)
+    }
+
+    /// For every row of `hidden`, the log-probabilities of its `wanted` tokens (ascending) among the whole vocabulary.
+    pub(super) fn log_probabilities(
+        &self,
+        hidden: &[f32],
+        wanted: &[&[u32]],
+        threads: usize,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let width = self.model.config().hidden_size;
+        let mut found: Vec<Vec<f32>> = wanted.iter().map(|tokens| Vec::with_capacity(tokens.len())).collect();
+        for (part, hidden) in hidden.chunks(ROWS_AT_ONCE * width).enumerate() {
+            let start = part * ROWS_AT_ONCE;
+            let mut sums = vec![LogSumExp::default(); hidden.len() / width];
+            self.model.visit_logits(hidden, threads, |row, first, logits| {
+                sums[row].add(logits);
+                let found = &mut found[start + row];
+                let end = first + logits.len();
+                let next = wanted[start + row][found.len()..].iter().map(|t| *t as usize).take_while(|t| *t < end);
+                found.extend(next.map(|token| logits[token - first]));
+            })?;
+            for (found, sum) in found[start..].iter_mut().zip(&sums) {
+                let sum = sum.value();
+                found.iter_mut().for_each(|logit| *logit -= sum);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// How many of `items` come to at most [`ROWS_AT_ONCE`] rows together, and at least one.
+fn first_by_rows<T>(items: &[T], rows: impl Fn(&T) -> usize) -> usize {
+    let mut sum = 0;
+    let fitting = items.iter().take_while(|item| {
+        sum += rows(item);
+        sum <= ROWS_AT_ONCE
+    });
+    fitting.count().max(1)
+}
+
+fn split_by_rows<T>(mut items: &[T], rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        if items.is_empty() {
+            return None;
+        }
+        let (now, later) = items.split_at(first_by_rows(items, &rows));
+        items = later;
+        Some(now)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_hold_few_rows_and_at_least_one_item() {
+        let rows = [ROWS_AT_ONCE + 9, 1, ROWS_AT_ONCE - 1, 3, 4];
+        let parts: Vec<&[usize]> = split_by_rows(&rows, |r| *r).collect();
+        assert_eq!(parts, [&rows[..1], &rows[1..3], &rows[3..]]);
+    }
+}
