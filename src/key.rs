@@ -7,6 +7,7 @@
 //! | parameters, defaults filled in | they steer the computation |
 //! | digest of each input's content, by port | not the upstream's key: an equal output stops the rerun there |
 //! | digest of each declared code file | a `command`'s program is an input |
+//! | pretrained models: the digest of a folder, or a repository and its commit | the weights are an input |
 //! | declared environment variables | a `command` may read them |
 //! | device class, of stages that compute in floating point | the last bits differ |
 //! | declared output files, where the pipeline names them | a program can see the name it writes to |
@@ -44,6 +45,9 @@ pub struct Manifest {
     pub inputs: BTreeMap<String, Digest>,
     /// Declared path → digest.
     pub code_files: BTreeMap<String, Digest>,
+    /// Parameter that names a pretrained model → the digest of its folder, or `repository@commit`.
+    #[serde(default)]
+    pub models: BTreeMap<String, String>,
     /// Name → value, or `None` where it is not set.
     pub env: BTreeMap<String, Option<String>>,
     pub device: Option<DeviceClass>,
@@ -65,6 +69,7 @@ enum Ingredient {
     Param(String),
     Input(String),
     CodeFile(String),
+    Model(String),
     Env(String),
     Device,
     Output(String),
@@ -80,6 +85,7 @@ impl fmt::Display for Ingredient {
             Self::Param(path) => write!(f, "`with.{path}`"),
             Self::Input(port) => write!(f, "input `{port}`"),
             Self::CodeFile(path) => write!(f, "code `{path}`"),
+            Self::Model(place) => write!(f, "model of `with.{place}`"),
             Self::Env(name) => write!(f, "environment variable `{name}`"),
             Self::Device => f.write_str("device class"),
             Self::Output(port) => write!(f, "name of output `{port}`"),
@@ -111,11 +117,13 @@ impl fmt::Display for Difference {
 }
 
 impl Manifest {
-    /// Pins a stage: digests of its inputs by port and of its code by declared path, and its variables.
+    /// Pins a stage: digests of its inputs by port and of its code by declared path, its models by the parameter that
+    /// names each, and its variables.
     pub fn new(
         stage: &Stage,
         inputs: BTreeMap<String, Digest>,
         code_files: BTreeMap<String, Digest>,
+        models: BTreeMap<String, String>,
         env: BTreeMap<String, Option<String>>,
         device: Option<DeviceClass>,
     ) -> Self {
@@ -132,6 +140,7 @@ impl Manifest {
             params: stage.params.clone(),
             inputs,
             code_files,
+            models,
             env,
             device,
             outputs,
@@ -192,6 +201,9 @@ impl Manifest {
         for (path, digest) in &self.code_files {
             visitor.visit(Ingredient::CodeFile(path.clone()), &digest.hex());
         }
+        for (place, identity) in &self.models {
+            visitor.visit(Ingredient::Model(place.clone()), identity);
+        }
         for (name, value) in &self.env {
             // Quoted, so that no value looks like an unset variable.
             let canonical = value.as_ref().map_or_else(|| "unset".into(), |v| format!("{v:?}"));
@@ -249,6 +261,7 @@ mod tests {
             params,
             inputs: BTreeMap::from([("items".into(), Digest::of(b"items"))]),
             code_files: BTreeMap::new(),
+            models: BTreeMap::new(),
             env: BTreeMap::new(),
             device: Some(DeviceClass::Cpu),
             outputs: BTreeMap::new(),
@@ -291,6 +304,12 @@ mod tests {
                 m.code_files.insert("a.py".into(), Digest::of(b"x"));
             }),
             "code `a.py` is new"
+        );
+        assert_eq!(
+            told(&|m| {
+                m.models.insert("encoder.model".into(), "org/name@0123".into());
+            }),
+            "model of `with.encoder.model` is new"
         );
         assert_eq!(
             told(&|m| {

@@ -210,6 +210,7 @@ impl Workshop {
             };
             spec.inputs.insert(port.clone(), path);
         }
+        spec.models = job.action.models.clone();
         make(&folder.join("out"))?;
         for output in &job.outputs {
             let path = folder.join("out").join(&output.file);

@@ -6,18 +6,25 @@ use std::{
 };
 
 use grlm_cache::{ActionKey, ActionSummary, Content, Store, StoreError};
+use grlm_stages::hub::PinnedModel;
 use rayon::prelude::*;
 
-use super::work::{Permission, Source, Work};
+use super::{
+    models::Models,
+    work::{Permission, Source, Work},
+};
 use crate::{
     engine::history::History,
     key::{DeviceClass, Manifest},
     pipeline::Stage,
 };
 
-/// Contents of users' files and folders, taken once at the start of a run.
+/// Contents of users' files and folders, and the models that stages name, taken once at the start of a run.
 #[derive(Debug, Default)]
-pub struct Files(HashMap<PathBuf, Content>);
+pub struct Files {
+    contents: HashMap<PathBuf, Content>,
+    models: Models,
+}
 
 impl Files {
     /// Digests every file that a node that may run (or be used) names, code of commands included.
@@ -45,15 +52,15 @@ impl Files {
         } else {
             paths.par_iter().map(one).collect::<Result<_, _>>()?
         };
-        Ok(Self(digested))
+        Ok(Self { contents: digested, models: Models::pin(store, work)? })
     }
 
     pub fn get(&self, path: &Path) -> Option<&Content> {
-        self.0.get(path)
+        self.contents.get(path)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&PathBuf, &Content)> {
-        self.0.iter()
+        self.contents.iter()
     }
 }
 
@@ -64,6 +71,8 @@ pub struct Action {
     pub manifest: Manifest,
     /// Port → content.
     pub inputs: BTreeMap<String, Content>,
+    /// Pretrained models by the parameter that names each.
+    pub models: BTreeMap<String, PinnedModel>,
 }
 
 impl Action {
@@ -73,8 +82,11 @@ impl Action {
         let code =
             stage.code.iter().filter_map(|path| Some((path.display().to_string(), files.get(path)?.digest))).collect();
         let env = stage.env.iter().map(|name| (name.clone(), std::env::var(name).ok())).collect();
-        let manifest = Manifest::new(stage, digests, code, env, device_class(stage));
-        Self { key: manifest.key(), manifest, inputs }
+        let pinned = files.models.of(stage);
+        let identities = pinned.iter().map(|(place, model)| (place.clone(), model.identity.clone())).collect();
+        let manifest = Manifest::new(stage, digests, code, identities, env, device_class(stage));
+        let models = pinned.into_iter().map(|(place, model)| (place, model.model)).collect();
+        Self { key: manifest.key(), manifest, inputs, models }
     }
 }
 

@@ -11,5 +11,6 @@
 pub mod attempt;
 pub mod decide;
 pub mod history;
+mod models;
 pub mod run;
 pub mod work;

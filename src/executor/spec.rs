@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use grlm_stages::Device;
+use grlm_stages::{Device, hub::PinnedModel};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -28,6 +28,9 @@ pub struct AttemptSpec {
     pub params: Value,
     /// Port → path.
     pub inputs: BTreeMap<String, PathBuf>,
+    /// Pretrained models by the parameter that names each.
+    #[serde(default)]
+    pub models: BTreeMap<String, PinnedModel>,
     /// Port → path that does not exist yet, in a folder that does.
     pub outputs: BTreeMap<String, PathBuf>,
     /// Where unfinished work survives a failed attempt.
@@ -62,6 +65,7 @@ impl AttemptSpec {
             kind: kind.to_owned(),
             params,
             inputs: BTreeMap::new(),
+            models: BTreeMap::new(),
             outputs: BTreeMap::new(),
             scratch: scratch.to_owned(),
             directory: directory.to_owned(),

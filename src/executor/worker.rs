@@ -128,7 +128,8 @@ fn run(folder: &Path, stop: StopFlag, channel: &Arc<Mutex<Channel>>) -> Result<(
     let mut cx = StageContext::new(spec.inputs, spec.outputs, spec.scratch, spec.threads, spec.devices, stop, {
         move |event| sink.lock().unwrap_or_else(PoisonError::into_inner).event(event)
     })
-    .with_attempt(spec.attempt, spec.out_of_memory);
+    .with_attempt(spec.attempt, spec.out_of_memory)
+    .with_models(spec.models);
     note_panics();
     let params = spec.params;
     thread::Builder::new()

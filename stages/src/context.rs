@@ -7,11 +7,16 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::{StageError, WorkerEvent, event::LogLevel};
+use crate::{
+    StageError, WorkerEvent,
+    event::LogLevel,
+    hub::{Hub, ModelName, PinnedModel},
+};
 
 /// A device leased to the attempt. Inside the worker, CUDA devices are numbered from 0 because
 /// `CUDA_VISIBLE_DEVICES` is set to the lease.
@@ -36,12 +41,16 @@ impl StopFlag {
     }
 }
 
+/// How long the hub may take for the next byte.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 type Sink = Box<dyn FnMut(WorkerEvent) + Send>;
 
 /// Everything one attempt of a stage may touch.
 pub struct StageContext {
     inputs: BTreeMap<String, PathBuf>,
     outputs: BTreeMap<String, PathBuf>,
+    models: BTreeMap<String, PinnedModel>,
     scratch: PathBuf,
     threads: usize,
     devices: Vec<Device>,
@@ -66,6 +75,7 @@ impl StageContext {
         Self {
             inputs,
             outputs,
+            models: BTreeMap::new(),
             scratch,
             threads: threads.max(1),
             devices,
@@ -81,6 +91,33 @@ impl StageContext {
         self.attempt = attempt.max(1);
         self.out_of_memory = out_of_memory;
         self
+    }
+
+    /// The pretrained models of [`crate::Stage::models`], as they were pinned when the run was planned.
+    pub fn with_models(mut self, models: BTreeMap<String, PinnedModel>) -> Self {
+        self.models = models;
+        self
+    }
+
+    /// The folder of the pretrained model that the parameter `place` names `name`; fetched from the hub where needed.
+    ///
+    /// # Errors
+    /// The name is neither a folder nor a repository, the hub cannot be reached, the disk; a stop.
+    pub fn model(&mut self, place: &str, name: &str) -> Result<PathBuf, StageError> {
+        let hub = Hub::from_env(PATIENCE);
+        let pinned = match self.models.get(place) {
+            Some(pinned) => pinned.clone(),
+            None => hub.pin(&ModelName::parse(name).map_err(StageError::params)?)?,
+        };
+        let mut told = 0;
+        hub.open(&pinned, &mut |done, all| {
+            // A few hundred times at most.
+            if done == all || done.saturating_sub(told) > all / 200 {
+                told = done;
+                self.progress(done, all, "byte");
+            }
+            self.check_stop()
+        })
     }
 
     /// The number of this attempt, counted from 1.

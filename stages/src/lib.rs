@@ -9,6 +9,7 @@ pub mod compat;
 pub mod context;
 pub mod error;
 pub mod event;
+pub mod hub;
 pub mod method;
 pub mod prompts;
 pub mod registry;

@@ -1,6 +1,6 @@
 //! The list of stage kinds. A new kind is its own file and one line here.
 
-use std::marker::PhantomData;
+use std::{collections::BTreeMap, marker::PhantomData};
 
 use schemars::Schema;
 use serde_json::Value;
@@ -75,6 +75,9 @@ pub trait StageKind: Send + Sync {
     /// As for `resolve_params`.
     fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>>;
     /// # Errors
+    /// As for `resolve_params`.
+    fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>>;
+    /// # Errors
     /// As [`Stage::run`].
     fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError>;
 }
@@ -124,6 +127,10 @@ impl<S: Stage> StageKind for Erased<S> {
 
     fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>> {
         Self::parse(params).map(|p| S::resources(&p))
+    }
+
+    fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>> {
+        Self::parse(params).map(|p| S::models(&p))
     }
 
     fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError> {

@@ -3,7 +3,7 @@
 //! Validation, `grlm stages`, the JSON Schema and editor completion all follow from these types; nothing about a
 //! kind is written down twice. How results are cached, and where they run, is the orchestrator's business.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
@@ -34,6 +34,12 @@ pub trait Stage: Send + Sync + 'static {
     /// Mistakes that types cannot express (a beam count of 0, two exclusive options). Found before anything runs.
     fn check(_params: &Self::Params) -> Vec<ParamIssue> {
         Vec::new()
+    }
+
+    /// Pretrained models that the stage loads itself: the parameter that names each, such as `encoder.model`, and the
+    /// name. Their content enters the action key; [`StageContext::model`] gives their folders.
+    fn models(_params: &Self::Params) -> BTreeMap<String, String> {
+        BTreeMap::new()
     }
 
     /// Reads the input paths, writes the output paths.

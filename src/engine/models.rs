@@ -1,0 +1,108 @@
+//! Pretrained models that stages load themselves, with nothing left open: a folder by the digest of its files, a
+//! repository of the hub by its commit.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Duration,
+};
+
+use grlm_cache::{Store, StoreError};
+use grlm_stages::hub::{Hub, ModelName, PinnedModel};
+
+use super::work::{Permission, Work};
+use crate::pipeline::Stage;
+
+/// How long the hub may take before its cache is asked.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Models by the name that a parameter gives.
+#[derive(Debug, Default)]
+pub struct Models(HashMap<String, Pinned>);
+
+/// A model, and what of it enters a key.
+#[derive(Debug, Clone)]
+pub struct Pinned {
+    pub model: PinnedModel,
+    pub identity: String,
+}
+
+impl Models {
+    /// Pins the models of every node that may run (or be used). A repository about which nothing can be learned is no
+    /// error here: its stage fails when it is run, with the reason.
+    ///
+    /// # Errors
+    /// A folder cannot be read.
+    pub fn pin(store: &Store, work: &Work) -> Result<Self, StoreError> {
+        let named: BTreeSet<String> = work
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, node)| node.permission != Permission::Leave)
+            .flat_map(|(id, _)| uses(work.stage(id)).into_values())
+            .collect();
+        if named.is_empty() {
+            return Ok(Self::default());
+        }
+        let hub = Hub::from_env(PATIENCE);
+        let pin = |name: String| {
+            let pinned = pin(store, &hub, &name)?;
+            Ok((name, pinned))
+        };
+        named.into_iter().map(pin).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The models of a stage, by the parameter that names each.
+    pub fn of(&self, stage: &Stage) -> BTreeMap<String, Pinned> {
+        uses(stage).into_iter().filter_map(|(place, name)| Some((place, self.0.get(&name)?.clone()))).collect()
+    }
+}
+
+fn uses(stage: &Stage) -> BTreeMap<String, String> {
+    stage.kind.models(&stage.params).unwrap_or_default()
+}
+
+fn pin(store: &Store, hub: &Hub, name: &str) -> Result<Pinned, StoreError> {
+    let parsed = ModelName::parse(name);
+    if let Ok(ModelName::Folder(folder)) = &parsed {
+        let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.clone());
+        let identity = store.digest(&folder)?.digest.hex();
+        return Ok(Pinned { model: PinnedModel::Folder(folder), identity });
+    }
+    let model = match parsed.map(|name| hub.pin(&name)) {
+        Ok(Ok(model)) => model,
+        Ok(Err(error)) => PinnedModel::Unknown { message: error.to_string() },
+        Err(message) => PinnedModel::Unknown { message },
+    };
+    let identity = match &model {
+        PinnedModel::Hub { repository, commit } => format!("{repository}@{commit}"),
+        _ => format!("{name}, not resolved"),
+    };
+    Ok(Pinned { model, identity })
+}
+
+#[cfg(test)]
+mod tests {
+    use grlm_cache::Access;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_is_its_content_and_a_commit_is_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store"), Access::Write).unwrap();
+        let folder = dir.path().join("model");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("config.json"), "{}").unwrap();
+        let no_network = |name: &str| (name == "HF_HUB_OFFLINE").then(|| "1".to_owned());
+        let hub = Hub::new(&no_network, PATIENCE);
+        let identity = |name: &str| pin(&store, &hub, name).unwrap().identity;
+        let name = folder.display().to_string();
+        let first = identity(&name);
+        std::fs::write(folder.join("config.json"), "{ }").unwrap();
+        assert_ne!(identity(&name), first);
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        assert_eq!(identity(&format!("org/name@{commit}")), format!("org/name@{commit}"));
+        assert!(matches!(pin(&store, &hub, "org/name").unwrap().model, PinnedModel::Unknown { .. }));
+        assert!(pin(&store, &hub, "/no/such/folder").is_err());
+    }
+}

@@ -1,0 +1,261 @@
+//! Pretrained models: a folder on disk, or a repository of the Hugging Face hub, pinned to a commit and kept in the
+//! cache that all Hugging Face programs share.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `HF_ENDPOINT` | the hub or a mirror of it; `https://huggingface.co` unless set |
+//! | `HF_TOKEN`, or the file `token` in `HF_HOME` | for repositories that ask for one; never logged, never recorded |
+//! | `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME` | where files are kept: `…/hub`, laid out as `huggingface_hub` does |
+//! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | only what is in the cache is used |
+//!
+//! A name of a branch is *resolved* to a commit when a run is planned; the commit enters the action key, and the worker
+//! takes that very commit. Files are checked against the digests that the hub states.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::StageError;
+
+mod cache;
+mod client;
+#[cfg(test)]
+mod tests;
+
+use client::Client;
+
+/// The revision that is meant where none is named.
+pub const MAIN: &str = "main";
+
+/// A pretrained model, as a parameter names it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ModelName {
+    Folder(PathBuf),
+    /// `organisation/name`, or `organisation/name@revision`.
+    Hub {
+        repository: String,
+        revision: String,
+    },
+}
+
+impl ModelName {
+    /// A name is a folder if there is one of that name, or if it looks like a path.
+    ///
+    /// # Errors
+    /// It is neither a folder nor the name of a repository; in words.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let looks_like_a_path = text.starts_with(['/', '.', '~']) || text.split('/').count() > 2;
+        if looks_like_a_path || Path::new(text).is_dir() {
+            return Ok(Self::Folder(match text.strip_prefix("~/").zip(env::var_os("HOME")) {
+                Some((rest, home)) => Path::new(&home).join(rest),
+                None => text.into(),
+            }));
+        }
+        let (repository, revision) = text.split_once('@').unwrap_or((text, MAIN));
+        let is_name = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        let is_revision = !revision.is_empty()
+            && !revision.contains("..")
+            && revision.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/'));
+        match repository.split_once('/') {
+            Some((organisation, name)) if is_name(organisation) && is_name(name) && is_revision => {
+                Ok(Self::Hub { repository: repository.to_owned(), revision: revision.to_owned() })
+            }
+            _ => Err(format!("`{text}` is neither a folder nor a repository of the hub")),
+        }
+    }
+}
+
+/// Where a model is, with nothing left open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PinnedModel {
+    Folder(PathBuf),
+    Hub {
+        repository: String,
+        commit: String,
+    },
+    /// Nothing could be learned about it when the run was planned.
+    Unknown {
+        message: String,
+    },
+}
+
+/// The hub, its mirror or its cache, as the environment says.
+pub struct Hub {
+    client: Option<Client>,
+    cache: PathBuf,
+}
+
+/// Where a program's settings come from; tests have their own.
+pub type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+impl Hub {
+    /// As the environment says; `patience` is the longest wait for the next byte.
+    pub fn from_env(patience: Duration) -> Self {
+        Self::new(&|name| env::var(name).ok().filter(|value| !value.is_empty()), patience)
+    }
+
+    pub fn new(variables: Variables, patience: Duration) -> Self {
+        let home = || match variables("HF_HOME") {
+            Some(home) => PathBuf::from(home),
+            None => match variables("XDG_CACHE_HOME") {
+                Some(cache) => Path::new(&cache).join("huggingface"),
+                None => Path::new(&variables("HOME").unwrap_or_default()).join(".cache/huggingface"),
+            },
+        };
+        let cache = variables("HF_HUB_CACHE").map_or_else(|| home().join("hub"), PathBuf::from);
+        let is_on = |name| {
+            variables(name).is_some_and(|v| matches!(v.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true"))
+        };
+        let offline = is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE");
+        let token = || {
+            let kept = || fs::read_to_string(home().join("token")).ok();
+            variables("HF_TOKEN").or_else(kept).map(|t| t.trim().to_owned()).filter(|t| !t.is_empty())
+        };
+        let endpoint = variables("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        let client = (!offline).then(|| Client::new(endpoint.trim_end_matches('/'), token(), patience));
+        Self { client, cache }
+    }
+
+    /// The commit that a repository's revision stands for at this moment. Offline, or when the hub cannot be reached,
+    /// the one that it stood for when it was last asked.
+    ///
+    /// # Errors
+    /// There is no such repository or revision, it asks for a token, or nothing is known about it and the hub cannot
+    /// be reached.
+    pub fn resolve(&self, repository: &str, revision: &str) -> Result<String, StageError> {
+        if is_commit(revision) {
+            return Ok(revision.to_owned());
+        }
+        let folder = cache::Repository::new(&self.cache, repository);
+        let known = folder.known_commit(revision);
+        let Some(client) = &self.client else {
+            return known.ok_or_else(|| not_kept(repository, revision, &self.cache));
+        };
+        match client.describe(repository, revision) {
+            Ok(description) => {
+                folder.remember_commit(revision, &description.commit)?;
+                Ok(description.commit)
+            }
+            Err(error @ StageError::Network { .. }) => match known {
+                Some(commit) => {
+                    tracing::warn!(repository, revision, %commit, %error, "the hub cannot be reached; taking the commit known");
+                    Ok(commit)
+                }
+                None => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The folder of a commit's files; fetches what the cache lacks of configuration, tokenizer and weights.
+    /// `progress(bytes done, bytes in all)` is called now and then, and may stop it by an error.
+    ///
+    /// # Errors
+    /// The hub cannot be reached, a file is not what the hub says it is, the disk.
+    pub fn fetch(
+        &self,
+        repository: &str,
+        commit: &str,
+        progress: &mut dyn FnMut(u64, u64) -> Result<(), StageError>,
+    ) -> Result<PathBuf, StageError> {
+        let folder = cache::Repository::new(&self.cache, repository);
+        let snapshot = folder.snapshot(commit);
+        if folder.is_complete(commit) {
+            return Ok(snapshot);
+        }
+        let Some(client) = &self.client else {
+            // Another program may have put it there; whether it is whole shows when it is loaded.
+            if snapshot.join("config.json").exists() {
+                return Ok(snapshot);
+            }
+            return Err(not_kept(repository, commit, &self.cache));
+        };
+        let description = match client.describe(repository, commit) {
+            Err(StageError::Network { .. }) if snapshot.join("config.json").exists() => return Ok(snapshot),
+            other => other?,
+        };
+        let files: Vec<&client::RemoteFile> = description.files.iter().filter(|f| is_wanted(&f.path)).collect();
+        if !files.iter().any(|f| f.path.ends_with(".safetensors")) {
+            return Err(StageError::params(format!("`{repository}` has no weights in safetensors files"))
+                .help("use a revision that has them, or convert the model and give its folder"));
+        }
+        let all: u64 = files.iter().map(|f| f.size).sum();
+        let mut before = 0;
+        for file in files {
+            folder.place(commit, file, client, &mut |done| progress(before + done, all))?;
+            before += file.size;
+            progress(before, all)?;
+        }
+        folder.mark_complete(commit)?;
+        Ok(snapshot)
+    }
+
+    /// Resolves a name: what enters an action key, and what a worker is told.
+    ///
+    /// # Errors
+    /// As [`Hub::resolve`]; a folder that is not there.
+    pub fn pin(&self, name: &ModelName) -> Result<PinnedModel, StageError> {
+        match name {
+            ModelName::Folder(folder) if !folder.is_dir() => {
+                Err(StageError::input(folder, "is not a folder").help("give a model's folder, or `organisation/name`"))
+            }
+            ModelName::Folder(folder) => Ok(PinnedModel::Folder(folder.clone())),
+            ModelName::Hub { repository, revision } => {
+                let commit = self.resolve(repository, revision)?;
+                Ok(PinnedModel::Hub { repository: repository.clone(), commit })
+            }
+        }
+    }
+
+    /// The folder of a pinned model, fetched where needed.
+    ///
+    /// # Errors
+    /// As [`Hub::fetch`].
+    pub fn open(
+        &self,
+        model: &PinnedModel,
+        progress: &mut dyn FnMut(u64, u64) -> Result<(), StageError>,
+    ) -> Result<PathBuf, StageError> {
+        match model {
+            PinnedModel::Folder(folder) => Ok(folder.clone()),
+            PinnedModel::Hub { repository, commit } => self.fetch(repository, commit, progress),
+            PinnedModel::Unknown { message } => Err(StageError::Network {
+                message: message.clone(),
+                help: Some("without network, put the model on this machine and give its folder".into()),
+            }),
+        }
+    }
+}
+
+fn is_commit(revision: &str) -> bool {
+    revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Configuration, tokenizer and weights; not other frameworks' weights, nor pictures.
+fn is_wanted(path: &str) -> bool {
+    let depth = path.matches('/').count();
+    let ends = |endings: &[&str]| endings.iter().any(|e| path.ends_with(e));
+    match depth {
+        0 => ends(&[".safetensors", ".json", ".jinja", ".txt", ".model"]),
+        // sentence-transformers keeps pooling in folders of their own.
+        1 => path.ends_with("_Pooling/config.json"),
+        _ => false,
+    }
+}
+
+fn not_kept(repository: &str, revision: &str, cache: &Path) -> StageError {
+    StageError::params(format!(
+        "`{repository}` at `{revision}` is not in {}, and the hub is switched off",
+        cache.display()
+    ))
+    .help("unset HF_HUB_OFFLINE once to fetch it, or give the model's folder")
+}

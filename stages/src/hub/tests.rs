@@ -1,0 +1,253 @@
+//! Against a hub on this machine that misbehaves on request.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, TcpStream},
+    sync::{Arc, Mutex},
+};
+
+use serde_json::json;
+use sha1::Digest as _;
+
+use super::*;
+use crate::Failure;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the next request for a path gets, instead of the answer.
+enum Trick {
+    Status(u16),
+    BreakAfter(usize),
+    Garbage,
+}
+
+struct Server {
+    address: String,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    files: BTreeMap<String, Vec<u8>>,
+    tricks: Vec<(String, Trick)>,
+    token: Option<String>,
+    /// Paths asked for, with the range.
+    asked: Vec<String>,
+}
+
+impl Server {
+    fn start(files: &[(&str, Vec<u8>)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let files = files.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect();
+        let state = Arc::new(Mutex::new(State { files, ..State::default() }));
+        let shared = Arc::clone(&state);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let _ = answer(stream, &shared);
+            }
+        });
+        Self { address, state }
+    }
+
+    fn trick(&self, path: &str, trick: Trick) {
+        self.state.lock().unwrap().tricks.push((path.to_owned(), trick));
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.lock().unwrap().asked)
+    }
+}
+
+fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let first = lines.next().unwrap_or_else(|| Ok(String::new()))?;
+    let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
+    let (mut range, mut token) = (0, None);
+    for line in lines {
+        let line = line?;
+        let Some((name, value)) = line.split_once(": ") else { break };
+        match name.to_ascii_lowercase().as_str() {
+            "range" => range = value.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap(),
+            "authorization" => token = Some(value.trim_start_matches("Bearer ").to_owned()),
+            _ => {}
+        }
+    }
+    let mut state = state.lock().unwrap();
+    state.asked.push(if range > 0 { format!("{path} from {range}") } else { path.clone() });
+    let trick = state.tricks.iter().position(|(p, _)| path.contains(p.as_str())).map(|i| state.tricks.remove(i).1);
+    let wrong_token = state.token.is_some() && state.token != token;
+    let body = if path.starts_with("/api/models/org/tiny/revision/") {
+        let siblings: Vec<_> = state
+            .files
+            .iter()
+            .map(|(name, content)| {
+                if name.ends_with(".safetensors") {
+                    let sha256: String = sha2::Sha256::digest(content).iter().map(|b| format!("{b:02x}")).collect();
+                    json!({"rfilename": name, "size": content.len(), "blobId": "0".repeat(40), "lfs": {"sha256": sha256}})
+                } else {
+                    let whole = [format!("blob {}\0", content.len()).into_bytes(), content.clone()].concat();
+                    let sha1: String = sha1::Sha1::digest(whole).iter().map(|b| format!("{b:02x}")).collect();
+                    json!({"rfilename": name, "size": content.len(), "blobId": sha1})
+                }
+            })
+            .collect();
+        Some(json!({"sha": COMMIT, "siblings": siblings}).to_string().into_bytes())
+    } else {
+        path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")).and_then(|name| state.files.get(name).cloned())
+    };
+    drop(state);
+    let (status, body) = match (trick, body) {
+        (Some(Trick::Status(status)), _) => (status, Vec::new()),
+        _ if wrong_token => (401, Vec::new()),
+        (Some(Trick::Garbage), Some(body)) => (200, vec![b'x'; body.len()]),
+        (Some(Trick::BreakAfter(count)), Some(body)) => {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            stream.write_all(&[head.as_bytes(), &body[..count]].concat())?;
+            return Ok(());
+        }
+        (_, Some(body)) if range > 0 => (206, body[range..].to_vec()),
+        (_, Some(body)) => (200, body),
+        (_, None) => (404, Vec::new()),
+    };
+    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    stream.write_all(&[head.as_bytes(), &body].concat())
+}
+
+fn weights() -> Vec<u8> {
+    (0..200_000u32).map(|i| (i % 251) as u8).collect()
+}
+
+fn server() -> Server {
+    Server::start(&[
+        ("config.json", b"{}".to_vec()),
+        ("model.safetensors", weights()),
+        ("1_Pooling/config.json", b"{\"a\": 1}".to_vec()),
+        ("onnx/model.json", b"no".to_vec()),
+        ("pytorch_model.bin", b"no".to_vec()),
+    ])
+}
+
+fn hub_with(server: &str, cache: &Path, more: &[(&str, &str)]) -> Hub {
+    let variables = |name: &str| match name {
+        "HF_ENDPOINT" => Some(server.to_owned()),
+        "HF_HOME" => Some(cache.display().to_string()),
+        _ => more.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()),
+    };
+    Hub::new(&variables, Duration::from_millis(400))
+}
+
+fn fetch(hub: &Hub) -> Result<PathBuf, StageError> {
+    let commit = hub.resolve("org/tiny", MAIN)?;
+    assert_eq!(commit, COMMIT);
+    hub.fetch("org/tiny", &commit, &mut |_, _| Ok(()))
+}
+
+#[test]
+fn names_are_folders_or_repositories() {
+    let hub = |repository: &str, revision: &str| {
+        Ok(ModelName::Hub { repository: repository.into(), revision: revision.into() })
+    };
+    assert_eq!(ModelName::parse("Qwen/Qwen3-4B"), hub("Qwen/Qwen3-4B", "main"));
+    assert_eq!(ModelName::parse("Qwen/Qwen3-4B@refs/pr/3"), Ok(ModelName::Folder("Qwen/Qwen3-4B@refs/pr/3".into())));
+    assert_eq!(ModelName::parse("Qwen/Qwen3-4B@v1.0"), hub("Qwen/Qwen3-4B", "v1.0"));
+    assert_eq!(ModelName::parse("./model"), Ok(ModelName::Folder("./model".into())));
+    assert_eq!(ModelName::parse("/data/model"), Ok(ModelName::Folder("/data/model".into())));
+    for wrong in ["", "Qwen3", "a/b@", "a b/c", "a/.."] {
+        assert!(ModelName::parse(wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_model_is_fetched_once_and_shared() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let hub = hub_with(&server.address, home.path(), &[]);
+    let mut seen = Vec::new();
+    let commit = hub.resolve("org/tiny", MAIN).unwrap();
+    let folder = hub
+        .fetch("org/tiny", &commit, &mut |done, all| {
+            seen.push((done, all));
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(folder, home.path().join(format!("hub/models--org--tiny/snapshots/{COMMIT}")));
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+    assert_eq!(fs::read(folder.join("1_Pooling/config.json")).unwrap(), b"{\"a\": 1}");
+    assert!(!folder.join("pytorch_model.bin").exists() && !folder.join("onnx").exists());
+    assert!(seen.is_sorted() && seen.last().is_some_and(|(done, all)| done == all), "{seen:?}");
+    server.asked();
+    fetch(&hub).unwrap();
+    assert_eq!(server.asked(), ["/api/models/org/tiny/revision/main?blobs=true"]);
+    // A commit needs no question at all.
+    assert_eq!(hub.resolve("org/tiny", COMMIT).unwrap(), COMMIT);
+    hub.fetch("org/tiny", COMMIT, &mut |_, _| Ok(())).unwrap();
+    assert!(server.asked().is_empty());
+}
+
+#[test]
+fn offline_takes_what_is_there_and_says_what_is_not() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let offline = || hub_with(&server.address, home.path(), &[("HF_HUB_OFFLINE", "1")]);
+    let error = fetch(&offline()).unwrap_err();
+    assert!(error.to_string().contains("is not in"), "{error}");
+    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    server.asked();
+    assert_eq!(fetch(&offline()).unwrap(), folder);
+    assert!(server.asked().is_empty());
+    // A hub that cannot be reached is as good as none.
+    assert_eq!(fetch(&hub_with("http://127.0.0.1:1", home.path(), &[])).unwrap(), folder);
+    let error = fetch(&hub_with("http://127.0.0.1:1", tempfile::tempdir().unwrap().path(), &[])).unwrap_err();
+    assert_eq!(error.failure(), Failure::Environment);
+}
+
+#[test]
+fn a_broken_download_goes_on_where_it_stopped() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    server.trick("model.safetensors", Trick::BreakAfter(120_000));
+    server.trick("revision", Trick::Status(503));
+    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+    assert!(server.asked().iter().any(|a| a.contains("model.safetensors from ")));
+}
+
+#[test]
+fn a_file_with_another_digest_is_fetched_again_and_never_kept() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    server.trick("model.safetensors", Trick::Garbage);
+    let hub = hub_with(&server.address, home.path(), &[]);
+    let folder = fetch(&hub).unwrap();
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+    let other = tempfile::tempdir().unwrap();
+    server.trick("model.safetensors", Trick::Garbage);
+    server.trick("model.safetensors", Trick::Garbage);
+    let error = fetch(&hub_with(&server.address, other.path(), &[])).unwrap_err();
+    assert!(error.to_string().contains("`model.safetensors`"), "{error}");
+    assert!(!other.path().join(format!("hub/models--org--tiny/snapshots/{COMMIT}/model.safetensors")).exists());
+}
+
+#[test]
+fn what_the_hub_refuses_is_said_once_with_what_to_do() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    server.state.lock().unwrap().token = Some("secret".into());
+    let error = fetch(&hub_with(&server.address, home.path(), &[])).unwrap_err();
+    assert!(error.help_text().is_some_and(|h| h.contains("HF_TOKEN")), "{error}");
+    assert_eq!(server.asked().len(), 1);
+    let error = fetch(&hub_with(&server.address, home.path(), &[("HF_TOKEN", "other")])).unwrap_err();
+    assert!(!format!("{error} {:?}", error.help_text()).contains("other"), "a token must not be shown");
+    fs::write(home.path().join("token"), "secret\n").unwrap();
+    fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    let error = hub_with(&server.address, home.path(), &[]).resolve("org/none", MAIN).unwrap_err();
+    assert_eq!(error.failure(), Failure::WrongInput);
+    let bare = Server::start(&[("config.json", b"{}".to_vec())]);
+    let error = fetch(&hub_with(&bare.address, tempfile::tempdir().unwrap().path(), &[])).unwrap_err();
+    assert!(error.to_string().contains("no weights in safetensors"), "{error}");
+}
+
+#[test]
+fn a_stop_ends_a_download() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let hub = hub_with(&server.address, home.path(), &[]);
+    let stopped = hub.fetch("org/tiny", COMMIT, &mut |_, _| Err(StageError::Stopped));
+    assert!(matches!(stopped, Err(StageError::Stopped)));
+}
