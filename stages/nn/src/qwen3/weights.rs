@@ -163,6 +163,16 @@ impl Tensor {
         }
     }
 
+    /// Gives the pages that reading took back to the system; the next read fetches them again. Weights that were
+    /// packed would otherwise count twice.
+    fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and read-only, so dropping its pages loses nothing.
+        let _ = unsafe {
+            self.file.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start, self.end - self.start)
+        };
+    }
+
     /// A vector.
     pub fn vector(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.shape.iter().product()];
@@ -208,5 +218,6 @@ pub fn pack(matrices: &[&Tensor]) -> Panels {
             }
         }
     });
+    matrices.iter().for_each(|matrix| matrix.release());
     packed
 }
