@@ -109,3 +109,25 @@ impl StageError {
         }
     }
 }
+
+/// The model engine's errors, told apart as a stage's are.
+impl From<grlm_nn::Error> for StageError {
+    fn from(error: grlm_nn::Error) -> Self {
+        match error {
+            // A file of a model that is not there is the user's to mend; anything else the system's.
+            grlm_nn::Error::Io { path, source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Self::input(path, "no such file")
+            }
+            grlm_nn::Error::Io { action, path, source } => Self::Io { action, path, source },
+            grlm_nn::Error::Model { path, message, help } => Self::Input { path, line: None, message, help },
+            grlm_nn::Error::Argument { message, help } => Self::Params { message, help },
+            grlm_nn::Error::Stopped => Self::Stopped,
+            error @ grlm_nn::Error::Candle(_) => match error.to_string() {
+                text if text.to_lowercase().contains("out of memory") => {
+                    Self::OutOfMemory { message: text, help: None }
+                }
+                text => Self::bug(text),
+            },
+        }
+    }
+}

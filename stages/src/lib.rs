@@ -10,6 +10,7 @@ pub mod context;
 pub mod error;
 pub mod event;
 pub mod hub;
+pub mod lm;
 pub mod method;
 pub mod prompts;
 pub mod registry;

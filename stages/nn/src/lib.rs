@@ -5,6 +5,8 @@ pub mod error;
 pub mod generate;
 pub mod qwen3;
 pub mod sasrec;
+pub mod tokenizer;
 pub mod train;
 
 pub use error::Error;
+pub use tokenizer::Tokenizer;

@@ -62,6 +62,9 @@ pub struct CheckpointInfo {
     /// The token that every sample starts with, as spelled in `tokenizer.json`.
     #[serde(default)]
     pub bos: Option<String>,
+    /// The instruction of the recommendation samples; empty where they had none.
+    #[serde(default)]
+    pub instruction: String,
     /// The longest sample, in tokens, that training saw: longer histories lose their oldest items.
     pub max_length: usize,
     /// `scratch`, `full` or `lora`.
@@ -127,6 +130,7 @@ mod tests {
             tokens: TokenKind::Words,
             template: ChatTemplate::None,
             bos: Some("<s>".into()),
+            instruction: String::new(),
             max_length: 256,
             method: "scratch".into(),
             trained_from: Map::from_iter([("samples".to_owned(), Value::from(7))]),
