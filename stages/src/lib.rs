@@ -23,6 +23,7 @@ pub mod threads;
 
 mod command;
 pub mod evaluate;
+pub mod generate;
 mod id2meta;
 mod import_items;
 mod import_tids;

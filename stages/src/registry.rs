@@ -26,6 +26,7 @@ registry! {
     crate::sft::SftCollaborative,
     crate::sft::SftMerge,
     crate::sasrec::Sasrec,
+    crate::generate::Generate,
     crate::popularity::Popularity,
     crate::evaluate::Evaluate,
     crate::command::Command,

@@ -1,0 +1,246 @@
+//! How answers are computed, and from answers to lists of items.
+
+use std::path::Path;
+
+use grlm_nn::{
+    generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
+    qwen3::Qwen3,
+};
+
+use super::{Decoding, Normalize, Params, Score, Work, budget, queries::Query};
+use crate::{
+    StageContext, StageError,
+    artifact::{ItemId, Ranking, SftFormat, TID_LENGTH, TokenKind},
+};
+
+/// What a query gets: TIDs by their number in the trie, items, or texts, each with its score.
+#[derive(Debug)]
+pub enum Answers {
+    Tids(Vec<(u32, f32)>),
+    Items(Vec<(ItemId, f32)>),
+    Texts(Vec<Text>),
+}
+
+/// What a beam wrote.
+#[derive(Debug)]
+pub struct Text {
+    text: String,
+    /// Score of the whole text.
+    sequence: f32,
+    /// Score of its beginning, to the end of the TID.
+    tid: f32,
+}
+
+/// The answers to all queries, in their order. The dearest are computed first: pieces are of like length, and memory
+/// runs out early if at all.
+///
+/// # Errors
+/// What the engine says, or a stop.
+pub fn all(decoder: &Decoder, cx: &mut StageContext) -> Result<Vec<Answers>, StageError> {
+    let queries = &decoder.work.queries;
+    let mut order: Vec<usize> = (0..queries.len()).collect();
+    order.sort_by_key(|query| std::cmp::Reverse(queries[*query].prompt.len()));
+    let mut answers: Vec<Option<Answers>> = queries.iter().map(|_| None).collect();
+    let mut done = 0;
+    for piece in order.chunks(budget::PIECE) {
+        cx.check_stop()?;
+        for (query, answer) in piece.iter().zip(decoder.compute(piece)?) {
+            answers[*query] = Some(answer);
+        }
+        done += piece.len() as u64;
+        cx.progress(done, queries.len() as u64, "user");
+    }
+    Ok(answers.into_iter().flatten().collect())
+}
+
+/// Computes lists on one device.
+pub struct Decoder<'a> {
+    params: &'a Params,
+    work: &'a Work,
+    folder: &'a Path,
+    generator: Generator<'a>,
+    trie: Trie,
+    pool: rayon::ThreadPool,
+}
+
+impl<'a> Decoder<'a> {
+    /// # Errors
+    /// The shared beginning cannot be read.
+    pub fn new(
+        params: &'a Params,
+        work: &'a Work,
+        folder: &'a Path,
+        model: &'a Qwen3,
+        pool: rayon::ThreadPool,
+        smaller: u32,
+    ) -> Result<Self, StageError> {
+        let threads = pool.current_num_threads();
+        let trie = Trie::new(work.tids.sequences()).map_err(|e| failed(folder, &e))?;
+        let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
+        let batch = budget::batch(params, model.config(), &trie, longest, threads) >> smaller.min(16);
+        let generator = pool
+            .install(|| Generator::new(model, threads).with_batch(batch).with_prefix(&work.prefix))
+            .map_err(|e| failed(folder, &e))?;
+        Ok(Self { params, work, folder, generator, trie, pool })
+    }
+
+    fn answers<'q>(&self, queries: &[&'q Query]) -> Result<Vec<Answers>, grlm_nn::Error> {
+        let rest = |query: &&'q Query| -> &'q [u32] { &query.prompt[self.work.prefix.len()..] };
+        let penalty = self.params.length_penalty();
+        let normalize = match self.params.normalize {
+            Normalize::Full => generate::Normalize::Full,
+            Normalize::Allowed => generate::Normalize::Allowed,
+        };
+        match self.params.decoding {
+            Decoding::Free => {
+                let prompts: Vec<&[u32]> = queries.iter().map(rest).collect();
+                let free = Free {
+                    beams: self.params.beams,
+                    max_new: self.params.max_new_tokens,
+                    length_penalty: penalty,
+                    ends: self.generator.model().config().eos_tokens.clone(),
+                };
+                let texts = free.search(&self.generator, &prompts)?;
+                texts.iter().map(|beams| self.texts(beams)).collect()
+            }
+            Decoding::Catalogue => {
+                let asked: Vec<Asked> =
+                    queries.iter().map(|q| Asked { tokens: rest(q), left_out: &q.left_out }).collect();
+                let search =
+                    Catalogue { trie: &self.trie, beams: self.params.beams, normalize, length_penalty: penalty };
+                let found = search.search(&self.generator, &asked)?;
+                let found = found.into_iter().map(|found| found.into_iter().map(|f| (f.entry, f.score)).collect());
+                self.with_titles(queries, found.collect())
+            }
+            Decoding::Exact => {
+                let prompts: Vec<&[u32]> = queries.iter().map(rest).collect();
+                let sequences = self.work.tids.sequences();
+                let scores =
+                    generate::exact(&self.generator, &self.work.prefix, &prompts, sequences, normalize, penalty)?;
+                let best = |(scores, query): (Vec<f32>, &&Query)| {
+                    let mut all: Vec<(u32, f32)> =
+                        (0..).zip(scores).filter(|(e, _)| query.left_out.binary_search(e).is_err()).collect();
+                    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                    all.truncate(self.params.beams);
+                    all
+                };
+                self.with_titles(queries, scores.into_iter().zip(queries).map(best).collect())
+            }
+        }
+    }
+
+    /// Under `score: sequence` the items of the TIDs that were found are scored with their titles.
+    fn with_titles(&self, queries: &[&Query], found: Vec<Vec<(u32, f32)>>) -> Result<Vec<Answers>, grlm_nn::Error> {
+        if self.params.score == Score::Tid {
+            return Ok(found.into_iter().map(Answers::Tids).collect());
+        }
+        let tids = &self.work.tids;
+        let one = |(query, found): (&&Query, Vec<(u32, f32)>)| {
+            let items: Vec<&ItemId> = found.iter().flat_map(|(entry, _)| tids.items_of(*entry)).collect();
+            let items: Vec<&ItemId> = items.into_iter().filter(|item| !query.seen.contains(item)).collect();
+            let texts: Vec<Vec<u32>> = items.iter().map(|item| tids.text_of(item).to_vec()).collect();
+            let prompt = &query.prompt[self.work.prefix.len()..];
+            let full = generate::Normalize::Full;
+            let penalty = self.params.length_penalty();
+            let scores = generate::exact(&self.generator, &self.work.prefix, &[prompt], &texts, full, penalty)?;
+            let mut scored: Vec<(ItemId, f32)> = items.into_iter().cloned().zip(scores.into_iter().flatten()).collect();
+            scored.sort_by(|a, b| b.1.total_cmp(&a.1));
+            Ok(Answers::Items(scored))
+        };
+        queries.iter().zip(found).map(one).collect()
+    }
+
+    fn texts(&self, beams: &[Hypothesis]) -> Result<Answers, grlm_nn::Error> {
+        let tokenizer = self.work.layout.tokenizer();
+        let settings = self.work.layout.settings();
+        let end = if settings.format == SftFormat::Text { ']' } else { '\n' };
+        let one = |beam: &Hypothesis| -> Result<Text, grlm_nn::Error> {
+            let text = tokenizer.decode(&beam.tokens)?;
+            // The first tokens that spell the TID to its end.
+            let mut length = beam.tokens.len();
+            if settings.tokens == TokenKind::Words {
+                length = length.min(TID_LENGTH);
+            }
+            for count in 1..length {
+                if tokenizer.decode(&beam.tokens[..count])?.contains(end) {
+                    length = count;
+                    break;
+                }
+            }
+            let sum: f32 = beam.log_probabilities[..length].iter().sum();
+            let tid = sum / (length as f32).powf(self.params.length_penalty());
+            Ok(Text { text, sequence: beam.score, tid })
+        };
+        Ok(Answers::Texts(beams.iter().map(one).collect::<Result<_, _>>()?))
+    }
+}
+
+impl Decoder<'_> {
+    fn compute(&self, queries: &[usize]) -> Result<Vec<Answers>, StageError> {
+        let queries: Vec<&Query> = queries.iter().map(|query| &self.work.queries[*query]).collect();
+        self.pool.install(|| self.answers(&queries)).map_err(|e| failed(self.folder, &e))
+    }
+}
+
+/// From answers to a list of items.
+pub fn ranking(work: &Work, params: &Params, query: &Query, answers: Answers) -> Ranking {
+    let mut list = List { items: Vec::new(), scores: Vec::new(), query, top_n: params.top_n };
+    let mut texts = None;
+    match answers {
+        Answers::Tids(found) => {
+            for (entry, score) in found {
+                work.tids.items_of(entry).iter().for_each(|item| list.add(item, score));
+            }
+        }
+        Answers::Items(found) => found.iter().for_each(|(item, score)| list.add(item, *score)),
+        Answers::Texts(mut found) => {
+            texts = Some(found.iter().map(|t| t.text.clone()).collect());
+            if params.score == Score::Tid {
+                found.sort_by(|a, b| b.tid.total_cmp(&a.tid));
+            }
+            for text in &found {
+                let score = if params.score == Score::Tid { text.tid } else { text.sequence };
+                let key = tid_in(&text.text, work.layout.settings().format);
+                key.iter().flat_map(|key| work.tids.items_of_key(key)).for_each(|item| list.add(item, score));
+            }
+        }
+    }
+    let List { items, scores, .. } = list;
+    Ranking { user: query.user.clone(), split: query.split, target: query.target.clone(), items, scores, texts }
+}
+
+/// A list that grows to its length, without what was seen and without repeats.
+struct List<'q> {
+    items: Vec<ItemId>,
+    scores: Vec<f32>,
+    query: &'q Query,
+    top_n: usize,
+}
+
+impl List<'_> {
+    fn add(&mut self, item: &ItemId, score: f32) {
+        if self.items.len() < self.top_n && !self.query.seen.contains(item) && !self.items.contains(item) {
+            self.items.push(item.clone());
+            self.scores.push(score);
+        }
+    }
+}
+
+/// The first TID that a text holds, as a key of `tid2item_id`.
+fn tid_in(text: &str, format: SftFormat) -> Option<String> {
+    match format {
+        SftFormat::Text => {
+            let inside = text.split_once('[')?.1.split_once(']')?.0;
+            Some(inside.replace(", ", ","))
+        }
+        SftFormat::Compact => {
+            let words: Vec<&str> = text.lines().next()?.split_whitespace().take(TID_LENGTH).collect();
+            Some(words.join(","))
+        }
+    }
+}
+
+/// What the engine says about a model in `folder`.
+pub fn failed(folder: &Path, error: &grlm_nn::Error) -> StageError {
+    StageError::input(folder, error.to_string())
+}
