@@ -70,7 +70,8 @@ pub fn kernel(rows: usize, panels: usize) -> Kernel {
     }
 }
 
-/// The kernel in terms of one instruction set's vectors of `LANES` floats.
+/// The kernel in terms of one instruction set's vectors of `LANES` floats: a part of a tile whose sums all stay in
+/// registers. How a tile is cut into such parts is the instruction set's own `tile`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! vector_kernel {
     ($module:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
@@ -79,32 +80,42 @@ macro_rules! vector_kernel {
 
             const VECTORS: usize = super::WIDTH / $lanes;
 
+            /// `R` rows from `row` on by `V` vectors from `vector` on, in each of `P` panels from `panel` on, of a
+            /// tile of `ROWS` rows.
+            ///
             /// # Safety
             /// The processor has the features; the tile's pointers are valid for the sizes it states.
             #[target_feature(enable = $features)]
-            pub unsafe fn tile<const ROWS: usize, const PANELS: usize>(t: super::Tile) {
+            unsafe fn part<const ROWS: usize, const R: usize, const V: usize, const P: usize>(
+                t: super::Tile,
+                row: usize,
+                panel: usize,
+                vector: usize,
+            ) {
                 // SAFETY: every address is inside the tile that the caller vouches for.
                 unsafe {
-                    let mut acc = [[[$zero(); VECTORS]; PANELS]; ROWS];
+                    let c = t.c.add(row * t.c_stride + panel * super::WIDTH + vector * $lanes);
+                    let mut acc = [[[$zero(); V]; P]; R];
                     if t.accumulate {
                         for (row, acc) in acc.iter_mut().enumerate() {
                             for (panel, acc) in acc.iter_mut().enumerate() {
                                 for (v, acc) in acc.iter_mut().enumerate() {
-                                    *acc = $load(t.c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes));
+                                    *acc = $load(c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes));
                                 }
                             }
                         }
                     }
-                    let (mut a, mut b) = (t.a, t.b);
+                    let mut a = t.a.add(row);
+                    let mut b = t.b.add(panel * t.b_stride + vector * $lanes);
                     for _ in 0..t.inner {
-                        for panel in 0..PANELS {
-                            let mut columns = [$zero(); VECTORS];
+                        for panel in 0..P {
+                            let mut columns = [$zero(); V];
                             for (v, column) in columns.iter_mut().enumerate() {
                                 *column = $load(b.add(panel * t.b_stride + v * $lanes));
                             }
-                            for row in 0..ROWS {
+                            for row in 0..R {
                                 let x = $splat(*a.add(row));
-                                for v in 0..VECTORS {
+                                for v in 0..V {
                                     acc[row][panel][v] = $fma(x, columns[v], acc[row][panel][v]);
                                 }
                             }
@@ -115,14 +126,70 @@ macro_rules! vector_kernel {
                     for (row, acc) in acc.iter().enumerate() {
                         for (panel, acc) in acc.iter().enumerate() {
                             for (v, acc) in acc.iter().enumerate() {
-                                $store(t.c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes), *acc);
+                                $store(c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes), *acc);
                             }
                         }
                     }
                 }
             }
+
+            /// # Safety
+            /// The processor has the features; the tile's pointers are valid for the sizes it states.
+            #[target_feature(enable = $features)]
+            pub unsafe fn tile<const ROWS: usize, const PANELS: usize>(t: super::Tile) {
+                // SAFETY: the parts that tiles are cut into lie inside them.
+                unsafe { super::cut::$module!(t, ROWS, PANELS) }
+            }
         }
     };
+}
+
+/// How each instruction set cuts a tile into parts.
+#[cfg(target_arch = "x86_64")]
+mod cut {
+    /// 32 registers hold the sums of the largest tile.
+    macro_rules! avx512 {
+        ($t:ident, $rows:ident, $panels:ident) => {
+            part::<$rows, $rows, VECTORS, $panels>($t, 0, 0, 0)
+        };
+    }
+
+    /// 16 registers hold 12 sums beside a row's element and the columns; fewer than 8 sums would leave the
+    /// multipliers waiting for each other.
+    macro_rules! avx2 {
+        ($t:ident, $rows:ident, $panels:ident) => {{
+            if $rows == 1 && $panels > 1 {
+                for panel in (0..$panels).step_by(2) {
+                    part::<$rows, 1, VECTORS, 2>($t, 0, panel, 0);
+                }
+                return;
+            }
+            for panel in 0..$panels {
+                match $rows {
+                    1 => part::<$rows, 1, VECTORS, 1>($t, 0, panel, 0),
+                    2 => part::<$rows, 2, VECTORS, 1>($t, 0, panel, 0),
+                    3 => part::<$rows, 3, VECTORS, 1>($t, 0, panel, 0),
+                    _ => {}
+                }
+                if $rows <= 3 {
+                    continue;
+                }
+                for vector in (0..VECTORS).step_by(2) {
+                    let first = if $rows <= 6 { $rows } else { $rows.div_ceil(2) };
+                    for (row, height) in [(0, first), (first, $rows - first)] {
+                        match height {
+                            0 => {}
+                            3 => part::<$rows, 3, 2, 1>($t, row, panel, vector),
+                            4 => part::<$rows, 4, 2, 1>($t, row, panel, vector),
+                            5 => part::<$rows, 5, 2, 1>($t, row, panel, vector),
+                            _ => part::<$rows, 6, 2, 1>($t, row, panel, vector),
+                        }
+                    }
+                }
+            }
+        }};
+    }
+    pub(super) use {avx2, avx512};
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -213,8 +280,17 @@ mod tests {
                 }
                 check!(1, 1);
                 check!(1, 4);
+                check!(2, 1);
                 check!(2, 4);
+                check!(3, 1);
+                check!(4, 1);
                 check!(5, 1);
+                check!(6, 1);
+                check!(7, 1);
+                check!(8, 1);
+                check!(9, 1);
+                check!(10, 1);
+                check!(11, 1);
                 check!(12, 1);
             }
         }
