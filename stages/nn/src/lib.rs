@@ -1,8 +1,10 @@
 //! Qwen3, SASRec, beam search over a catalogue, optimiser and trainer. The only home of candle.
 
 pub mod cpu;
+pub mod encoder;
 pub mod error;
 pub mod generate;
+pub mod nearest;
 pub mod qwen3;
 pub mod sasrec;
 pub mod tokenizer;

@@ -15,8 +15,6 @@ use crate::{
     threads,
 };
 
-mod best;
-pub mod dense;
 pub mod text;
 pub mod tfidf;
 

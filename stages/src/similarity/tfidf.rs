@@ -9,12 +9,12 @@
 //! Cosines are summed term by term through an inverted index, a row at a time in ascending order of terms: the same
 //! order for any number of threads.
 
+use grlm_nn::nearest::Best;
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::best::Best;
 use crate::{
     ParamIssue,
     artifact::Item,

@@ -152,6 +152,49 @@ for_every_isa! {
 }
 
 for_every_isa! {
+    /// Layer norm of every row in place: `(x − mean) / sqrt(variance + eps) · weight + bias` (Ba et al. 2016).
+    pub fn layer_norm(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+        let width = weight.len();
+        for x in x.chunks_exact_mut(width) {
+            let mean = sum_of(x, |v| v) / width as f32;
+            let scale = 1.0 / (sum_of(x, |v| (v - mean) * (v - mean)) / width as f32 + eps).sqrt();
+            for ((x, w), b) in x.iter_mut().zip(weight).zip(bias) {
+                *x = ((*x - mean) * scale).mul_add(*w, *b);
+            }
+        }
+    }
+}
+
+for_every_isa! {
+    /// `x · Φ(x)` in place, Φ being the normal distribution (Hendrycks and Gimpel 2016). The error function is
+    /// formula 7.1.26 of Abramowitz and Stegun, at most 1.5e-7 off.
+    pub fn gelu(x: &mut [f32]) {
+        for x in x.iter_mut() {
+            let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+            let t = 1.0 / z.mul_add(0.327_591_1, 1.0);
+            let mut p = 1.061_405_4f32;
+            p = p.mul_add(t, -1.453_152_1);
+            p = p.mul_add(t, 1.421_413_8);
+            p = p.mul_add(t, -0.284_496_72);
+            p = p.mul_add(t, 0.254_829_6);
+            // Half of what erf(z) lacks of 1.
+            let tail = 0.5 * p * t * exp(-z * z);
+            *x *= if *x < 0.0 { tail } else { 1.0 - tail };
+        }
+    }
+}
+
+for_every_isa! {
+    /// The approximation `x / (1 + exp(−2u))`, `u = sqrt(2 / π) · (x + 0.044715 x³)`, which is `x/2 · (1 + tanh u)`.
+    pub fn gelu_tanh(x: &mut [f32]) {
+        for x in x.iter_mut() {
+            let u = 1.595_769 * x.mul_add(0.044_715 * *x * *x, *x);
+            *x /= 1.0 + exp(-u);
+        }
+    }
+}
+
+for_every_isa! {
     /// Softmax in place.
     pub fn softmax(row: &mut [f32]) {
         let max = max_of(row);
@@ -177,6 +220,36 @@ for_every_isa! {
     /// The largest value of a row.
     pub fn max(row: &[f32]) -> f32 {
         max_of(row)
+    }
+}
+
+/// Values that are looked at together for whether any of them is of interest.
+const LOOK: usize = 32;
+
+for_every_isa! {
+    /// The places of the values that are not below `bar`, and are numbers.
+    pub fn not_below(values: &[f32], bar: f32, places: &mut Vec<u32>) {
+        places.clear();
+        for (chunk, part) in values.chunks(LOOK).enumerate() {
+            if part.iter().fold(false, |any, value| any | (*value >= bar)) {
+                let first = chunk * LOOK;
+                places.extend((first..).zip(part).filter(|(_, value)| **value >= bar).map(|(place, _)| place as u32));
+            }
+        }
+    }
+}
+
+for_every_isa! {
+    /// As [`not_below`], with a bar for each value.
+    pub fn not_below_each(values: &[f32], bars: &[f32], places: &mut Vec<u32>) {
+        places.clear();
+        for (chunk, (part, bars)) in values.chunks(LOOK).zip(bars.chunks(LOOK)).enumerate() {
+            if part.iter().zip(bars).fold(false, |any, (value, bar)| any | (value >= bar)) {
+                let first = chunk * LOOK;
+                let each = (first..).zip(part.iter().zip(bars));
+                places.extend(each.filter(|(_, (value, bar))| value >= bar).map(|(place, _)| place as u32));
+            }
+        }
     }
 }
 
@@ -243,6 +316,47 @@ mod tests {
         softmax(&mut row);
         assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(row[3], 0.0);
+    }
+
+    #[test]
+    fn places_of_what_is_not_below_a_bar() {
+        let values: Vec<f32> = (0..70).map(|i| if i == 40 { f32::NAN } else { (i % 35) as f32 }).collect();
+        let mut places = Vec::new();
+        not_below(&values, 33.0, &mut places);
+        assert_eq!(places, [33, 34, 68, 69]);
+        let bars: Vec<f32> = (0..70).map(|i| if i == 50 { 15.0 } else { 34.0 }).collect();
+        not_below_each(&values, &bars, &mut places);
+        assert_eq!(places, [34, 50, 69]);
+    }
+
+    #[test]
+    fn layer_norm_leaves_mean_and_spread_as_asked() {
+        let mut row: Vec<f32> = (0..37).map(|i| (i * i) as f32 * 0.1).collect();
+        layer_norm(&mut row, &[2.0; 37], &[3.0; 37], 0.0);
+        let mean = row.iter().sum::<f32>() / 37.0;
+        let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 37.0;
+        assert!((mean - 3.0).abs() < 1e-5 && (variance - 4.0).abs() < 1e-4, "{mean} {variance}");
+    }
+
+    #[test]
+    fn gelu_is_x_times_the_normal_distribution() {
+        // The integral of the density, by Simpson's rule.
+        let phi = |x: f64| {
+            let steps = 2000;
+            let width = x / f64::from(steps);
+            let density = |i: i32| (-(f64::from(i) * width).powi(2) / 2.0).exp() / std::f64::consts::TAU.sqrt();
+            let inner: f64 = (1..steps).map(|i| density(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+            0.5 + (density(0) + inner + density(steps)) * width / 3.0
+        };
+        for i in -80..=80i32 {
+            let x = f64::from(i) * 0.1;
+            let (mut exact, mut tanh) = ([x as f32], [x as f32]);
+            gelu(&mut exact);
+            gelu_tanh(&mut tanh);
+            assert!((f64::from(exact[0]) - x * phi(x)).abs() < 1e-6, "{x}: {}", exact[0]);
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            assert!((f64::from(tanh[0]) - 0.5 * x * (1.0 + u.tanh())).abs() < 1e-6, "{x}: {}", tanh[0]);
+        }
     }
 
     #[test]

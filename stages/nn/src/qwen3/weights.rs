@@ -1,5 +1,5 @@
-//! The weights of a model folder: one or many safetensors files, mapped, checked against the configuration, and
-//! given out in f32.
+//! The weights of a model folder: one or many safetensors files, mapped, checked against the shapes that the
+//! configuration makes them, and given out in f32.
 
 use std::{
     collections::HashMap,
@@ -24,8 +24,19 @@ use crate::{
 pub struct Weights {
     folder: PathBuf,
     tensors: HashMap<String, Tensor>,
-    /// Encoders are saved without the language model around them, and their names without `model.`.
-    bare: bool,
+    /// Tensors of types that are not read.
+    unread: HashMap<String, Dtype>,
+    names: Names,
+}
+
+/// How names in the files differ from those that are asked for: the same network is saved alone or inside another.
+#[derive(Debug, Clone, Copy)]
+enum Names {
+    Same,
+    /// Saved without the network around it.
+    Without(&'static str),
+    /// Saved inside a network of this name.
+    Inside(&'static str),
 }
 
 /// One tensor, still in its file.
@@ -52,43 +63,84 @@ struct Index {
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names, and checks that every
-    /// tensor of `config` is there in its shape.
+    /// Opens the weights of a Qwen3, and checks that every tensor of `config` is there in its shape.
     ///
     /// # Errors
-    /// A file is missing, cut short or not safetensors; a tensor is missing, or its shape or type is another.
+    /// As [`Weights::map`] and [`Weights::check`].
     pub fn open(folder: &Path, config: &Config) -> Result<Self, Error> {
-        let mut tensors = HashMap::new();
-        for path in files(folder)? {
-            map_file(&path, &mut tensors)?;
+        let mut weights = Self::map(folder)?;
+        // Encoders are saved without the language model around them, and their names without `model.`.
+        let bare = !weights.has("model.embed_tokens.weight") && weights.has("embed_tokens.weight");
+        if bare {
+            weights.names = Names::Without("model.");
         }
-        let bare = !tensors.contains_key("model.embed_tokens.weight") && tensors.contains_key("embed_tokens.weight");
-        let weights = Self { folder: folder.to_owned(), tensors, bare };
-        for (name, shape) in config.tensors() {
-            if bare && name == "lm_head.weight" {
-                continue;
-            }
-            let tensor = weights.get(&name)?;
+        let wanted = config.tensors().into_iter().filter(|(name, _)| !(bare && name == "lm_head.weight"));
+        weights.check(wanted)?;
+        Ok(weights)
+    }
+
+    /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// A file is missing, cut short or not safetensors.
+    pub fn map(folder: &Path) -> Result<Self, Error> {
+        let (mut tensors, mut unread) = (HashMap::new(), HashMap::new());
+        for path in files(folder)? {
+            map_file(&path, &mut tensors, &mut unread)?;
+        }
+        Ok(Self { folder: folder.to_owned(), tensors, unread, names: Names::Same })
+    }
+
+    /// Takes names to be inside one of `networks`, where the tensor `probe` is there and not at the top.
+    pub fn inside(mut self, networks: &[&'static str], probe: &str) -> Self {
+        if !self.has(probe)
+            && let Some(network) = networks.iter().find(|network| self.has(&format!("{network}{probe}")))
+        {
+            self.names = Names::Inside(network);
+        }
+        self
+    }
+
+    fn has(&self, stored: &str) -> bool {
+        self.tensors.contains_key(stored)
+    }
+
+    /// Checks that all tensors of these names are there, in these shapes.
+    ///
+    /// # Errors
+    /// One is missing, or its shape or type is another.
+    pub fn check(&self, wanted: impl IntoIterator<Item = (String, Vec<usize>)>) -> Result<(), Error> {
+        for (name, shape) in wanted {
+            let tensor = self.get(&name)?;
             if tensor.shape != shape {
                 return Err(Error::model(
-                    folder,
+                    &self.folder,
                     format!("`{name}` has the shape {:?}, and config.json makes it {shape:?}", tensor.shape),
                 )
                 .help("config.json and the weights are of different models"));
             }
         }
-        Ok(weights)
+        Ok(())
     }
 
     /// The tensor of this name (as [`Config::tensors`] spells it).
     ///
     /// # Errors
-    /// There is none.
+    /// There is none, or it is stored as another type than f32, bf16 or f16.
     pub fn get(&self, name: &str) -> Result<&Tensor, Error> {
-        let stored = if self.bare { name.strip_prefix("model.").unwrap_or(name) } else { name };
-        self.tensors.get(stored).ok_or_else(|| {
-            Error::model(&self.folder, format!("the weights have no tensor `{stored}`"))
-                .help("config.json and the weights are of different models, or a file of the weights is missing")
+        let stored = match self.names {
+            Names::Same => name.to_owned(),
+            Names::Without(network) => name.strip_prefix(network).unwrap_or(name).to_owned(),
+            Names::Inside(network) => format!("{network}{name}"),
+        };
+        if let Some(tensor) = self.tensors.get(&stored) {
+            return Ok(tensor);
+        }
+        Err(match self.unread.get(&stored) {
+            Some(other) => Error::model(&self.folder, format!("`{stored}` is stored as {other:?}"))
+                .help("weights in f32, bf16 or f16 are read; quantised ones are not"),
+            None => Error::model(&self.folder, format!("the weights have no tensor `{stored}`"))
+                .help("config.json and the weights are of different models, or a file of the weights is missing"),
         })
     }
 
@@ -117,7 +169,11 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
 
-fn map_file(path: &Path, tensors: &mut HashMap<String, Tensor>) -> Result<(), Error> {
+fn map_file(
+    path: &Path,
+    tensors: &mut HashMap<String, Tensor>,
+    unread: &mut HashMap<String, Dtype>,
+) -> Result<(), Error> {
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     // SAFETY: a map is only unsound if the file changes while it is read; model folders are published read-only, and
     // whoever overwrites one under a running process gets wrong numbers, as with any program that maps weights.
@@ -131,9 +187,10 @@ fn map_file(path: &Path, tensors: &mut HashMap<String, Tensor>) -> Result<(), Er
             Dtype::F32 => FloatType::F32,
             Dtype::BF16 => FloatType::Bf16,
             Dtype::F16 => FloatType::F16,
+            // An error only if it is asked for: buffers of numbers 0, 1, 2, … are saved beside weights.
             other => {
-                return Err(Error::model(path, format!("`{name}` is stored as {other:?}"))
-                    .help("weights in f32, bf16 or f16 are read; quantised ones are not"));
+                unread.insert(name.to_owned(), other);
+                continue;
             }
         };
         let start = view.data().as_ptr() as usize - map.as_ptr() as usize;

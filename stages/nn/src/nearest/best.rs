@@ -2,13 +2,13 @@
 
 use std::cmp::Ordering;
 
-/// Keeps the `k` best of what it is offered. Candidates come in ascending order of index, so that of equal scores
-/// the first offered, which is the first in the catalogue, wins. A score that is not a number is never kept.
+/// Keeps the `k` best of what it is offered, in whatever order it comes; of equal scores the lowest index is the
+/// better one. A score that is not a number is never kept.
 pub struct Best {
     k: usize,
     kept: Vec<(u32, f32)>,
-    /// A candidate must beat this once `k` were kept.
-    bar: f32,
+    /// A candidate must be better than this once `k` were kept.
+    bar: (u32, f32),
 }
 
 fn better(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
@@ -17,12 +17,17 @@ fn better(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
 
 impl Best {
     pub fn new(k: usize) -> Self {
-        Self { k, kept: Vec::new(), bar: f32::NEG_INFINITY }
+        Self { k, kept: Vec::new(), bar: (0, f32::NEG_INFINITY) }
+    }
+
+    /// What is below this score is not kept any more.
+    pub fn bar(&self) -> f32 {
+        self.bar.1
     }
 
     #[inline]
     pub fn offer(&mut self, index: u32, score: f32) {
-        if score > self.bar {
+        if score > self.bar.1 || (score == self.bar.1 && index < self.bar.0) {
             self.keep(index, score);
         }
     }
@@ -36,7 +41,7 @@ impl Best {
         } else if self.kept.len() >= 2 * self.k {
             self.kept.select_nth_unstable_by(self.k - 1, better);
             self.kept.truncate(self.k);
-            self.bar = self.kept[self.k - 1].1;
+            self.bar = self.kept[self.k - 1];
         }
     }
 
@@ -56,10 +61,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn equals_sorting_everything(scores in prop::collection::vec(-3i8..4, 0..80), k in 0usize..20) {
+        fn equals_sorting_everything_in_any_order_of_offers(
+            scores in prop::collection::vec(-3i8..4, 0..80),
+            turn in 0usize..80,
+            backwards: bool,
+            k in 0usize..20,
+        ) {
             let mut all: Vec<(u32, f32)> = (0..).zip(scores.iter().map(|s| f32::from(*s))).collect();
+            let mut offers = all.clone();
+            offers.rotate_left(turn % all.len().max(1));
+            if backwards {
+                offers.reverse();
+            }
             let mut best = Best::new(k);
-            all.iter().for_each(|(index, score)| best.offer(*index, *score));
+            offers.iter().for_each(|(index, score)| best.offer(*index, *score));
             all.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap());
             all.truncate(k);
             prop_assert_eq!(best.into_sorted(), all);

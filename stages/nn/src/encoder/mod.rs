@@ -1,0 +1,238 @@
+//! Encoders: from texts to unit vectors, by a model folder in Hugging Face's layout.
+//!
+//! Two networks: a Qwen3 (Qwen3-Embedding: causal, its last token's vector is the text's) and a BERT (sentence
+//! encoders). Tokens, with the special ones, are what the folder's `tokenizer.json` makes of a text; its
+//! post-processor is what appends Qwen3-Embedding's end token. A text's vector is the same bits in any batch and on
+//! any number of threads.
+
+use std::{fs, path::Path};
+
+use rayon::prelude::*;
+use tokenizers::{Tokenizer, TruncationParams};
+
+use crate::{
+    Error,
+    qwen3::{Prompt, Qwen3, Wanted},
+};
+
+mod bert;
+mod config;
+mod settings;
+
+pub use bert::Bert;
+pub use config::{Activation, BertConfig};
+
+/// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
+/// enough for what lies between them to stay in the cache.
+const TOKENS_AT_ONCE: usize = 512;
+
+/// How the vectors of a text's tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean, special tokens included.
+    Mean,
+    /// The last one.
+    Last,
+    /// The first one.
+    Cls,
+}
+
+/// An encoder ready to embed.
+pub struct Encoder {
+    network: Network,
+    tokenizer: Tokenizer,
+    pooling: Pooling,
+}
+
+enum Network {
+    Qwen3(Box<Qwen3>),
+    Bert(Box<Bert>),
+}
+
+impl Encoder {
+    /// Loads a model folder. Texts will be cut to `max_tokens`, special ones included, or to the model's positions.
+    /// Without a `pooling`, it is what the folder says, else the last token of a Qwen3 and the mean of a BERT. Runs on
+    /// the current rayon pool.
+    ///
+    /// # Errors
+    /// A file is missing, damaged or contradicts another; the architecture, or how it embeds, is not known here;
+    /// `max_tokens` has no room for a text beside special tokens.
+    pub fn load(folder: &Path, pooling: Option<Pooling>, max_tokens: usize) -> Result<Self, Error> {
+        let named = match pooling {
+            Some(pooling) => Some(pooling),
+            None => settings::pooling(folder)?,
+        };
+        let (network, default, positions) = if is_qwen3(folder)? {
+            let model = Qwen3::load(folder)?;
+            let positions = model.config().max_positions;
+            (Network::Qwen3(Box::new(model)), Pooling::Last, positions)
+        } else {
+            let model = Bert::load(folder)?;
+            let positions = model.config().max_tokens();
+            (Network::Bert(Box::new(model)), Pooling::Mean, positions)
+        };
+        let tokenizer = tokenizer(folder, max_tokens.min(positions))?;
+        Ok(Self { network, tokenizer, pooling: named.unwrap_or(default) })
+    }
+
+    pub fn pooling(&self) -> Pooling {
+        self.pooling
+    }
+
+    /// Elements of a vector.
+    pub fn width(&self) -> usize {
+        match &self.network {
+            Network::Qwen3(model) => model.config().hidden_size,
+            Network::Bert(model) => model.config().hidden_size,
+        }
+    }
+
+    /// The tokens of a text: special ones added, cut to the length that was asked for.
+    ///
+    /// # Errors
+    /// The tokenizer cannot take the text (a broken `tokenizer.json`).
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let encoding = self.tokenizer.encode_fast(text, true);
+        let encoding = encoding.map_err(|e| Error::argument(format!("the tokenizer cannot take a text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The vector of each text, of length 1 (of zeros for a text without any tokens). Runs on the current rayon pool,
+    /// which should have `threads`.
+    ///
+    /// # Errors
+    /// As [`Encoder::tokens`]; a token that the model has not.
+    pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
+        let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
+        let groups = groups(&tokens, threads);
+        // One thread a group wastes nothing; only a lone group is worth the others' help.
+        let each = if groups.len() < threads { threads } else { 1 };
+        let vectors: Vec<Vec<Vec<f32>>> =
+            groups.par_iter().map(|group| self.embed(group, each)).collect::<Result<_, _>>()?;
+        Ok(vectors.into_iter().flatten().collect())
+    }
+
+    fn embed(&self, texts: &[Vec<u32>], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
+        let width = self.width();
+        let present: Vec<&[u32]> = texts.iter().map(Vec::as_slice).filter(|t| !t.is_empty()).collect();
+        let last_only = self.pooling == Pooling::Last;
+        let (vectors, one_each) = match &self.network {
+            Network::Bert(model) => (model.read(&present, threads)?, false),
+            Network::Qwen3(model) => {
+                let prompts: Vec<Prompt> = present.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
+                let wanted = if last_only { Wanted::Last } else { Wanted::All };
+                (model.read(&prompts, wanted, threads)?.1, last_only)
+            }
+        };
+        let mut at = 0;
+        let of_text = |tokens: &Vec<u32>| {
+            if tokens.is_empty() {
+                return vec![0.0; width];
+            }
+            let rows = if one_each { 1 } else { tokens.len() };
+            let own = &vectors[at * width..(at + rows) * width];
+            at += rows;
+            unit(pool(own, width, self.pooling))
+        };
+        Ok(texts.iter().map(of_text).collect())
+    }
+}
+
+/// Parts of at most [`TOKENS_AT_ONCE`] tokens, or of one text, and enough of them for all threads.
+fn groups(texts: &[Vec<u32>], threads: usize) -> Vec<&[Vec<u32>]> {
+    let total: usize = texts.iter().map(Vec::len).sum();
+    let limit = TOKENS_AT_ONCE.min(total.div_ceil(threads.max(1)));
+    let mut groups = Vec::new();
+    let mut rest = texts;
+    while !rest.is_empty() {
+        let mut sum = 0;
+        let fitting = rest.iter().take_while(|tokens| {
+            sum += tokens.len();
+            sum <= limit
+        });
+        let count = fitting.count().max(1);
+        groups.push(&rest[..count]);
+        rest = &rest[count..];
+    }
+    groups
+}
+
+/// One vector of a text's tokens', `[tokens, width]`.
+fn pool(vectors: &[f32], width: usize, pooling: Pooling) -> Vec<f32> {
+    let rows = vectors.len() / width;
+    match pooling {
+        Pooling::Cls => vectors[..width].to_vec(),
+        Pooling::Last => vectors[(rows - 1) * width..].to_vec(),
+        Pooling::Mean => {
+            let mut sum = vec![0.0f32; width];
+            for row in vectors.chunks_exact(width) {
+                sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+            sum.iter_mut().for_each(|x| *x /= rows as f32);
+            sum
+        }
+    }
+}
+
+/// The vector divided by its Euclidean length; zeros stay zeros.
+pub fn unit(mut vector: Vec<f32>) -> Vec<f32> {
+    let length = vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        vector.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+    }
+    vector
+}
+
+/// Whether `config.json` is a Qwen3's.
+fn is_qwen3(folder: &Path) -> Result<bool, Error> {
+    let path = folder.join("config.json");
+    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
+        Error::model(&path, format!("not valid JSON: {e}")).help("the file may be cut short; copy it again")
+    })?;
+    Ok(value["model_type"] == "qwen3")
+}
+
+/// The folder's tokenizer, which cuts texts to `max_tokens` and pads nothing.
+fn tokenizer(folder: &Path, max_tokens: usize) -> Result<Tokenizer, Error> {
+    let path = folder.join("tokenizer.json");
+    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let broken = |e: tokenizers::Error| {
+        Error::model(&path, format!("not a tokenizer: {e}")).help("the file may be cut short; copy it again")
+    };
+    let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(broken)?;
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(broken)?;
+    let special = tokenizer.encode_fast("", true).map_err(broken)?.len();
+    if max_tokens <= special {
+        return Err(Error::argument(format!("{max_tokens} tokens have no room for a text"))
+            .help(format!("the model's special tokens alone are {special}; raise `max_tokens`")));
+    }
+    let truncation = TruncationParams { max_length: max_tokens, ..TruncationParams::default() };
+    tokenizer.with_truncation(Some(truncation)).map_err(broken)?;
+    Ok(tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pooling_by_hand() {
+        let vectors = [1.0, 2.0, 3.0, 4.0, 5.0, 9.0];
+        assert_eq!(pool(&vectors, 2, Pooling::Cls), [1.0, 2.0]);
+        assert_eq!(pool(&vectors, 2, Pooling::Last), [5.0, 9.0]);
+        assert_eq!(pool(&vectors, 2, Pooling::Mean), [3.0, 5.0]);
+        assert_eq!(unit(vec![3.0, 4.0]), [0.6, 0.8]);
+        assert_eq!(unit(vec![0.0, 0.0]), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn groups_hold_all_texts_in_order() {
+        let texts: Vec<Vec<u32>> = [600, 10, 500, 2, 0, 511, 1, 1].iter().map(|n| vec![0; *n]).collect();
+        let lengths = |threads| groups(&texts, threads).iter().map(|g| g.len()).collect::<Vec<_>>();
+        assert_eq!(lengths(1), [1, 4, 2, 1]);
+        assert_eq!(groups(&texts[1..4], 4).len(), 3);
+        assert!(groups(&[], 2).is_empty());
+    }
+}
