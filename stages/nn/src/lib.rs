@@ -1,5 +1,6 @@
 //! Qwen3, SASRec, beam search over a catalogue, optimiser and trainer. The only home of candle.
 
+pub mod chat;
 pub mod cpu;
 pub mod encoder;
 pub mod error;

@@ -1,0 +1,207 @@
+//! A language model that is talked to: conversations through its chat template, greedy answers.
+//!
+//! What a batch of conversations begins with in common (the instruction) is computed once. An answer does not depend on
+//! its batch: see [`crate::generate`].
+
+use std::{fs, path::Path};
+
+use serde_json::{Map, Value};
+use tokenizers::Tokenizer;
+
+use crate::{
+    Error,
+    generate::{Generator, greedy},
+    qwen3::Qwen3,
+};
+
+mod template;
+
+pub use template::{ChatTemplate, Message, Role};
+
+/// Shared beginnings shorter than this are not worth keeping apart.
+const SHORTEST_PREFIX: usize = 16;
+
+/// A model with its tokenizer and chat template.
+pub struct ChatModel {
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    /// Tokens that end an answer.
+    ends: Vec<u32>,
+}
+
+/// How answers are generated.
+#[derive(Debug, Clone, Default)]
+pub struct Answering {
+    /// The longest answer, in tokens.
+    pub max_new: usize,
+    /// An answer also ends with the first token whose text holds this character.
+    pub stop_at: Option<char>,
+    /// Variables for the chat template, such as Qwen3's `enable_thinking`.
+    pub template: Map<String, Value>,
+}
+
+/// What a model said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Without special tokens.
+    pub text: String,
+    /// Tokens of the conversation.
+    pub prompt_tokens: usize,
+    /// Tokens generated, with the one that ended the answer.
+    pub answer_tokens: usize,
+}
+
+impl ChatModel {
+    /// Loads a model folder. Runs on the current rayon pool.
+    ///
+    /// # Errors
+    /// A file is missing, damaged or contradicts another; the architecture is not known here; there is no chat
+    /// template, or the model is an encoder.
+    pub fn load(folder: &Path) -> Result<Self, Error> {
+        let template = ChatTemplate::load(folder)?;
+        let path = folder.join("tokenizer.json");
+        let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let broken = |e: tokenizers::Error| {
+            Error::model(&path, format!("not a tokenizer: {e}")).help("the file may be cut short; copy it again")
+        };
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(broken)?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(broken)?;
+        let model = Qwen3::load(folder)?;
+        let mut ends = model.config().eos_tokens.clone();
+        ends.extend(generation_ends(folder)?);
+        Ok(Self { model, tokenizer, template, ends })
+    }
+
+    pub fn model(&self) -> &Qwen3 {
+        &self.model
+    }
+
+    /// The tokens of a conversation, up to where the answer begins.
+    ///
+    /// # Errors
+    /// The template refuses the conversation, or the tokenizer its text.
+    pub fn prompt(&self, conversation: &[Message], settings: &Map<String, Value>) -> Result<Vec<u32>, Error> {
+        let text = self.template.render(conversation, settings)?;
+        // The template writes all special tokens itself.
+        let encoding = self.tokenizer.encode_fast(text, false);
+        let encoding = encoding.map_err(|e| Error::argument(format!("the tokenizer cannot take a text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The likeliest answer to each conversation. Runs on the current rayon pool, which should have `threads`.
+    ///
+    /// # Errors
+    /// As [`ChatModel::prompt`]; a conversation with its answer is longer than the model's positions.
+    pub fn answer<C: AsRef<[Message]>>(
+        &self,
+        conversations: &[C],
+        how: &Answering,
+        threads: usize,
+    ) -> Result<Vec<Answer>, Error> {
+        let prompts: Vec<Vec<u32>> =
+            conversations.iter().map(|c| self.prompt(c.as_ref(), &how.template)).collect::<Result<_, _>>()?;
+        let limit = self.model.config().max_positions;
+        if let Some(long) = prompts.iter().find(|p| p.len() + how.max_new > limit) {
+            return Err(Error::argument(format!(
+                "a prompt of {} tokens and an answer of up to {} are more than the model's {limit} positions",
+                long.len(),
+                how.max_new
+            ))
+            .help("show fewer neighbours"));
+        }
+        let shared = shared_beginning(&prompts);
+        let rest: Vec<&[u32]> = prompts.iter().map(|p| &p[shared..]).collect();
+        let generator = Generator::new(&self.model, threads);
+        let generator = match prompts.first() {
+            Some(first) => generator.with_prefix(&first[..shared])?,
+            None => return Ok(Vec::new()),
+        };
+        let stops = self.stops(how.stop_at);
+        let ended = |written: &[u32]| written.last().is_some_and(|token| stops.binary_search(token).is_ok());
+        let written = greedy(&generator, &rest, how.max_new, ended)?;
+        written
+            .iter()
+            .zip(&prompts)
+            .map(|(tokens, prompt)| {
+                let text = self.tokenizer.decode(tokens, true);
+                let text = text.map_err(|e| Error::argument(format!("the tokenizer cannot write an answer: {e}")))?;
+                Ok(Answer { text, prompt_tokens: prompt.len(), answer_tokens: tokens.len() })
+            })
+            .collect()
+    }
+
+    /// Tokens that end an answer, in ascending order.
+    fn stops(&self, stop_at: Option<char>) -> Vec<u32> {
+        let mut stops = self.ends.clone();
+        if let Some(stop) = stop_at {
+            // Byte-level and word-piece vocabularies spell characters of ASCII as they are.
+            let by_byte = format!("<0x{:02X}>", u32::from(stop));
+            let vocabulary = self.tokenizer.get_vocab(true);
+            stops.extend(
+                vocabulary.iter().filter(|(text, _)| text.contains(stop) || **text == by_byte).map(|(_, id)| *id),
+            );
+        }
+        stops.sort_unstable();
+        stops.dedup();
+        stops
+    }
+}
+
+/// How many tokens all prompts begin with, leaving each at least one of its own.
+pub fn shared_beginning(prompts: &[Vec<u32>]) -> usize {
+    let [first, others @ ..] = prompts else { return 0 };
+    let shortest = prompts.iter().map(Vec::len).min().unwrap_or(0);
+    let mut shared = shortest.saturating_sub(1);
+    for other in others {
+        shared = first[..shared].iter().zip(other).take_while(|(a, b)| a == b).count();
+    }
+    if others.is_empty() || shared < SHORTEST_PREFIX { 0 } else { shared }
+}
+
+/// The end tokens of `generation_config.json`, which is what transformers and vLLM go by.
+fn generation_ends(folder: &Path) -> Result<Vec<u32>, Error> {
+    let path = folder.join("generation_config.json");
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("read", &path, e)),
+    };
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::model(&path, format!("not valid JSON: {e}")).help("copy the file again"))?;
+    let ids = match &value["eos_token_id"] {
+        Value::Array(ids) => ids.iter().filter_map(Value::as_u64).collect(),
+        one => one.as_u64().into_iter().collect::<Vec<u64>>(),
+    };
+    Ok(ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_share_what_all_begin_with() {
+        let prompt = |same: u32, own: &[u32]| (0..same).chain(own.iter().copied()).collect::<Vec<u32>>();
+        assert_eq!(shared_beginning(&[prompt(40, &[7]), prompt(40, &[8, 9]), prompt(50, &[1])]), 40);
+        assert_eq!(shared_beginning(&[prompt(40, &[]), prompt(40, &[8, 9])]), 39, "each has a token of its own");
+        assert_eq!(shared_beginning(&[prompt(10, &[7]), prompt(10, &[8])]), 0, "not worth it");
+        assert_eq!(shared_beginning(&[prompt(40, &[7])]), 0);
+        assert_eq!(shared_beginning(&[]), 0);
+    }
+
+    #[test]
+    fn end_tokens_of_generation() {
+        let folder = tempfile::tempdir().unwrap();
+        let ends = |text: &str| {
+            fs::write(folder.path().join("generation_config.json"), text).unwrap();
+            generation_ends(folder.path())
+        };
+        assert_eq!(ends(r#"{"eos_token_id": [5, 6]}"#).unwrap(), [5, 6]);
+        assert_eq!(ends(r#"{"eos_token_id": 5}"#).unwrap(), [5]);
+        assert!(ends("{}").unwrap().is_empty());
+        assert!(ends("{").is_err());
+        assert!(generation_ends(Path::new("/nonexistent")).unwrap().is_empty());
+    }
+}
