@@ -23,9 +23,11 @@ pub mod threads;
 
 mod command;
 pub mod evaluate;
+mod fetch;
 pub mod generate;
 mod id2meta;
 mod import_items;
+mod import_prompts;
 mod import_tids;
 pub mod popularity;
 mod python;

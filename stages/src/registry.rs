@@ -15,6 +15,8 @@ macro_rules! registry {
 }
 
 registry! {
+    crate::fetch::Fetch,
+    crate::import_prompts::ImportPrompts,
     crate::synth::Synth,
     crate::import_items::ImportItems,
     crate::import_tids::ImportTids,
