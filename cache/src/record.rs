@@ -91,6 +91,11 @@ impl Store {
         Ok(found.filter(|record| record.format == RECORD_FORMAT && record.key == *key))
     }
 
+    /// Whether there is a record of this action, unread.
+    pub fn has_record(&self, key: &ActionKey) -> bool {
+        fs::metadata(self.record_path(key)).is_ok_and(|found| found.len() > 0)
+    }
+
     /// Publishes a record whose outputs have all been ingested: atomic, and on disk as [`crate::sync`] says. A record
     /// under the same key is replaced.
     pub fn publish(&self, record: &ActionRecord) -> Result<()> {

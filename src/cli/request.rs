@@ -54,14 +54,22 @@ pub fn assignment(text: &str) -> Result<(String, String), String> {
 }
 
 impl Selected {
+    pub fn selection(&self) -> Selection {
+        Selection { variant: self.variant.clone(), set: self.set.clone() }
+    }
+
     /// Loads the pipeline and checks the files that it names.
     pub fn load(&self) -> Result<pipeline::Pipeline, CliError> {
-        let selection = Selection { variant: self.variant.clone(), set: self.set.clone() };
-        Ok(pipeline::load(&self.file, &selection)?)
+        Ok(pipeline::load(&self.file, &self.selection())?)
     }
 }
 
 impl Part {
+    /// The whole pipeline, nothing forced.
+    pub fn is_everything(&self) -> bool {
+        self.parts().is_everything()
+    }
+
     fn parts(&self) -> Parts {
         Parts { until: self.until.clone(), from: self.from.clone(), only: self.only.clone(), force: self.force.clone() }
     }

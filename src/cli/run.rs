@@ -1,6 +1,11 @@
 //! `grlm run`: brings a pipeline up to date.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use grlm_cache::Access;
 use grlm_stages::Artifact;
@@ -13,13 +18,14 @@ use crate::{
     device,
     engine::{
         run::{self, Ended, Options},
+        shortcut::{Memory, Request},
         work::Work,
     },
     error::CliError,
     events::Outcome,
     exit_codes::Code,
     metrics::{self, Row},
-    progress::{Json, Plain, Quiet, Reporter},
+    progress::{Fancy, Json, Plain, Quiet, Reporter},
 };
 
 /// Run what is not up to date, and nothing else
@@ -49,12 +55,16 @@ pub struct How {
     #[arg(long, value_name = "DEVICES", default_value = "all")]
     pub devices: device::Selection,
     /// How to tell what happens
-    #[arg(long, value_enum, default_value = "plain")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub message_format: MessageFormat,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum MessageFormat {
+    /// `fancy` on a terminal, `plain` elsewhere
+    Auto,
+    /// Running stages with their progress, redrawn in place, on stderr
+    Fancy,
     /// Lines on stderr
     Plain,
     /// One JSON object an event on stdout
@@ -62,28 +72,66 @@ pub enum MessageFormat {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
+    let selection = args.selected.selection();
+    let whole = Request { file: &args.selected.file, selection: &selection, out: &args.how.out };
+    let whole = (args.part.is_everything() && !args.dry_run).then_some(whole);
+    if let Some(request) = &whole
+        && let Some(code) = spared(request, &args.how, global)?
+    {
+        return Ok(code);
+    }
     let pipeline = args.selected.load()?;
     let work = request::work(vec![pipeline], &args.part)?;
     if args.dry_run {
         return plan::show(&work, global, false);
     }
-    carry_out(&work, &args.how, global)
+    carry_out(&work, &args.how, global, whole.as_ref())
 }
 
-/// Runs the work and shows its metrics.
-pub fn carry_out(work: &Work, how: &How, global: &Global) -> Result<Code, CliError> {
+/// The end of a run in which nothing changed since the last one; `None` if something did.
+fn spared(request: &Request, how: &How, global: &Global) -> Result<Option<Code>, CliError> {
+    let started = Instant::now();
+    if !global.store.join("VERSION").exists() {
+        return Ok(None);
+    }
+    let store = request::open_store(global, Access::Write)?;
+    let Some(memory) = Memory::recall(&store, request) else { return Ok(None) };
+    memory.report(&store, std::env::args().collect(), started, how.reporter(global).as_mut())?;
+    if how.shows_results(global) {
+        show_metrics(&memory.metrics, std::slice::from_ref(&memory.folder));
+    }
+    Ok(Some(Code::Ok))
+}
+
+impl How {
+    fn reporter(&self, global: &Global) -> Box<dyn Reporter> {
+        match self.message_format {
+            MessageFormat::Json => Box::new(Json),
+            _ if global.quiet => Box::new(Quiet),
+            MessageFormat::Fancy => Box::new(Fancy::new()),
+            MessageFormat::Auto if can_redraw() => Box::new(Fancy::new()),
+            MessageFormat::Auto | MessageFormat::Plain => Box::new(Plain::default()),
+        }
+    }
+
+    fn shows_results(&self, global: &Global) -> bool {
+        !global.quiet && self.message_format != MessageFormat::Json
+    }
+}
+
+/// Runs the work and shows its metrics; `whole` is the request of a whole pipeline, to be remembered.
+pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request>) -> Result<Code, CliError> {
     let machine = request::machine(&how.devices, work)?;
     request::check_simulated(&machine, work)?;
     let store = request::open_store(global, Access::Write)?;
     let options = Options { out: how.out.clone(), keep_going: how.keep_going, command: std::env::args().collect() };
-    let mut reporter: Box<dyn Reporter> = match how.message_format {
-        MessageFormat::Json => Box::new(Json),
-        MessageFormat::Plain if global.quiet => Box::new(Quiet),
-        MessageFormat::Plain => Box::new(Plain::default()),
-    };
-    let ended = run::run(store, work, machine, &options, reporter.as_mut())?;
-    if ended.outcome == Outcome::Succeeded && !global.quiet && how.message_format == MessageFormat::Plain {
-        show_metrics(work, &ended, &how.out);
+    let ended = run::run(Arc::clone(&store), work, machine, &options, how.reporter(global).as_mut())?;
+    if let Some(request) = whole {
+        Memory::keep(&store, request, work, &ended);
+    }
+    if ended.outcome == Outcome::Succeeded && how.shows_results(global) {
+        let folders: Vec<PathBuf> = work.pipelines.iter().map(|p| how.out.join(p.out_name())).collect();
+        show_metrics(&metrics_of(work, &ended, &how.out), &folders);
     }
     Ok(match ended.outcome {
         Outcome::Succeeded => Code::Ok,
@@ -92,29 +140,40 @@ pub fn carry_out(work: &Work, how: &How, global: &Global) -> Result<Code, CliErr
     })
 }
 
-/// The table at the end of a run, and where the files are.
-fn show_metrics(work: &Work, ended: &Ended, out: &Path) {
-    let mut rows = Vec::new();
-    for (id, node) in work.nodes.iter().enumerate() {
-        if ended.results[id].is_none() {
-            continue;
-        }
+/// Whether stderr is a terminal on which lines can be drawn anew.
+fn can_redraw() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb")
+}
+
+/// The metrics that a run has, each with its variant and stage.
+fn metrics_of(work: &Work, ended: &Ended, out: &Path) -> Vec<(String, String, PathBuf)> {
+    let mut found = Vec::new();
+    for (node, _) in work.nodes.iter().zip(&ended.results).filter(|(_, result)| result.is_some()) {
         for place in &node.places {
             let pipeline = &work.pipelines[place.pipeline];
             let stage = &pipeline.stages[place.stage];
             for output in stage.outputs.iter().filter(|o| o.artifact == Artifact::Metrics) {
                 let path = out.join(pipeline.out_name()).join(stage.name.as_str()).join(output.file.as_ref());
-                for (model, figures) in metrics::read(&path).unwrap_or_default() {
-                    let variant = pipeline.variant.clone().unwrap_or_else(|| "default".into());
-                    rows.push(Row { variant, stage: stage.name.to_string(), model, figures });
-                }
+                let variant = pipeline.variant.clone().unwrap_or_else(|| "default".into());
+                found.push((variant, stage.name.to_string(), path));
             }
+        }
+    }
+    found
+}
+
+/// The table at the end of a run, and where the files are.
+fn show_metrics(found: &[(String, String, PathBuf)], folders: &[PathBuf]) {
+    let mut rows = Vec::new();
+    for (variant, stage, path) in found {
+        for (model, figures) in metrics::read(path).unwrap_or_default() {
+            rows.push(Row { variant: variant.clone(), stage: stage.clone(), model, figures });
         }
     }
     if !rows.is_empty() {
         println!("{}\n", metrics::table(&rows, false));
     }
-    for pipeline in &work.pipelines {
-        println!("results: {}", out.join(pipeline.out_name()).display());
+    for folder in folders {
+        println!("results: {}", folder.display());
     }
 }

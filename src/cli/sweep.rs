@@ -67,5 +67,5 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     if args.dry_run {
         return plan::show(&work, global, false);
     }
-    carry_out(&work, &args.how, global)
+    carry_out(&work, &args.how, global, None)
 }

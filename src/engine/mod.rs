@@ -7,10 +7,12 @@
 //! | `history` | what each stage stood for last time |
 //! | `attempt` | one action from lock to record |
 //! | `run` | the loop |
+//! | `shortcut` | the loop spared, where nothing at all has changed |
 
 pub mod attempt;
 pub mod decide;
 pub mod history;
 mod models;
 pub mod run;
+pub mod shortcut;
 pub mod work;

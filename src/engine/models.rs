@@ -57,7 +57,8 @@ impl Models {
     }
 }
 
-fn uses(stage: &Stage) -> BTreeMap<String, String> {
+/// The models that a stage names, by the parameter that names each.
+pub(super) fn uses(stage: &Stage) -> BTreeMap<String, String> {
     stage.kind.models(&stage.params).unwrap_or_default()
 }
 

@@ -51,6 +51,8 @@ pub struct Ended {
     pub counts: Counts,
     /// Per node: its key and outputs, where it has them.
     pub results: Vec<Option<Done>>,
+    /// The users' files as they were taken for this run.
+    pub files: Files,
 }
 
 /// A node's result.
@@ -112,8 +114,8 @@ struct Engine<'a> {
     running: usize,
     /// Actions that are queued or run, and the nodes that wait for each beside the one that runs it.
     active: HashMap<ActionKey, Vec<NodeId>>,
-    /// What earlier runs took, and the longest path that follows from it.
-    outlook: Outlook,
+    /// What earlier runs took, and the longest path that follows from it; asked for when something has to run.
+    outlook: Option<Outlook>,
     error: Option<RunError>,
     sender: mpsc::UnboundedSender<Message>,
 }
@@ -145,7 +147,7 @@ pub fn run(
     let mut engine = Engine {
         work,
         options,
-        outlook: Outlook::new(&store, work),
+        outlook: None,
         workshop: Workshop { store, launcher: Launcher::this_program(), directory, run },
         files,
         dispatcher: Dispatcher::new(machine),
@@ -286,11 +288,12 @@ impl Engine<'_> {
                     self.states[id] = State::Twin;
                     return;
                 }
+                let outlook = self.outlook.get_or_insert_with(|| Outlook::new(&self.workshop.store, self.work));
                 let task = Task {
                     id: TaskId(id),
                     request: self.work.stage(id).resources.into(),
-                    priority: self.outlook.remaining[id],
-                    estimate: self.outlook.estimates[id],
+                    priority: outlook.remaining[id],
+                    estimate: outlook.estimates[id],
                 };
                 if let Err(unfit) = self.dispatcher.add(task) {
                     let message = unfit.to_string();
@@ -534,7 +537,7 @@ impl Engine<'_> {
         self.emit(None, None, Body::RunFinished { outcome, counts, seconds });
         self.journal.flush()?;
         let results = self.states.into_iter().map(|s| if let State::Done(done) = s { Some(done) } else { None });
-        Ok(Ended { outcome, counts, results: results.collect() })
+        Ok(Ended { outcome, counts, results: results.collect(), files: self.files })
     }
 }
 

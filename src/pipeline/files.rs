@@ -20,7 +20,7 @@ fn of_stage(stage: &Stage) -> Vec<Mistake> {
         let at = path(&["stages", name, "inputs", port, "file"]);
         let shown = file.display();
         match fs::metadata(file) {
-            Err(e) => mistakes.push(missing(&at, &shown.to_string(), &e)),
+            Err(e) => mistakes.push(missing(stage, &at, &shown.to_string(), &e)),
             Ok(metadata) => match wants_folder(stage, port) {
                 Some(true) if !metadata.is_dir() => {
                     mistakes.push(Mistake::value(&at, format!("`{shown}` is a file; port `{port}` takes a folder")));
@@ -34,16 +34,19 @@ fn of_stage(stage: &Stage) -> Vec<Mistake> {
     }
     for (i, code) in stage.code.iter().enumerate() {
         if let Err(e) = fs::metadata(code) {
-            mistakes.push(missing(&path(&["stages", name, "code", &i.to_string()]), &code.display().to_string(), &e));
+            let at = path(&["stages", name, "code", &i.to_string()]);
+            mistakes.push(missing(stage, &at, &code.display().to_string(), &e));
         }
     }
     mistakes
 }
 
-fn missing(at: &[String], shown: &str, error: &io::Error) -> Mistake {
+fn missing(stage: &Stage, at: &[String], shown: &str, error: &io::Error) -> Mistake {
     if error.kind() == io::ErrorKind::NotFound {
-        Mistake::value(at, format!("`{shown}` does not exist"))
-            .help("paths are relative to the folder that you run `grlm` in")
+        // Whoever wrote the stage may have said where its file comes from.
+        let about = stage.description.as_deref().map(|d| format!("; about `{}`: {}", stage.name, d.trim()));
+        let help = format!("paths are relative to the folder that you run `grlm` in{}", about.unwrap_or_default());
+        Mistake::value(at, format!("`{shown}` does not exist")).help(help)
     } else {
         Mistake::value(at, format!("cannot read `{shown}`: {error}"))
     }

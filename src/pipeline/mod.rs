@@ -31,10 +31,11 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use grlm_cache::Digest;
 use grlm_stages::{Output, Resources, StageKind};
 use serde_json::{Map, Value};
 
@@ -97,6 +98,12 @@ impl Pipeline {
         out
     }
 
+    /// The texts that the pipeline was read from, by digest: its own file, then those it extends.
+    pub fn texts(&self) -> Vec<(PathBuf, Digest)> {
+        let sources = self.sources.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.files.iter().map(|file| (file.path.clone(), Digest::of(file.text.as_bytes()))).collect()
+    }
+
     /// The index of the stage of this name.
     pub fn stage(&self, name: &str) -> Option<usize> {
         self.stages.iter().position(|s| s.name.as_str() == name)
@@ -127,6 +134,8 @@ impl Pipeline {
 pub struct Stage {
     pub name: StageName,
     pub kind: &'static dyn StageKind,
+    /// What the pipeline's author says about it.
+    pub description: Option<String>,
     /// Every default filled in, as [`StageKind::resolve_params`] returns them.
     pub params: Value,
     pub inputs: BTreeMap<String, InputSource>,
@@ -214,6 +223,11 @@ pub fn load(file: &Path, selection: &Selection) -> Result<Pipeline, PipelineErro
         }),
         _ => Err(sources.report(mistakes)),
     }
+}
+
+/// The digest of a pipeline file's text, as [`Pipeline::texts`] gives it; `None` if it cannot be read.
+pub fn text_digest(file: &Path) -> Option<Digest> {
+    text::read_text(file).ok().map(|text| Digest::of(text.as_bytes()))
 }
 
 /// The names of a file's variants, in its order; a matrix gives one for each of its cells.

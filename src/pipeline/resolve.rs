@@ -276,6 +276,7 @@ impl Draft {
         Some(Stage {
             name: StageName(self.name),
             kind: self.kind?,
+            description: spec.description,
             params: self.params,
             inputs,
             outputs: self.outputs,

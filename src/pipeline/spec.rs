@@ -42,9 +42,8 @@ pub(crate) struct FileSpec {
 pub(crate) struct StageSpec {
     /// The stage's kind; `grlm stages` lists them.
     pub uses: String,
-    /// What it does, in a line or two.
+    /// What it does, in a line or two; shown where a file that it takes is missing.
     #[serde(default)]
-    #[allow(dead_code, reason = "for readers of the file")]
     pub description: Option<String>,
     /// Input ports, each connected to a stage's output or to a file.
     #[serde(default)]

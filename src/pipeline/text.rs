@@ -113,7 +113,7 @@ fn other_kind(under: &Map<String, Value>, over: &Map<String, Value>, depth: usiz
     depth == 1 && over.get("uses").is_some_and(|uses| under.get("uses").is_some_and(|old| old != uses))
 }
 
-fn read_text(file: &Path) -> Result<String, PipelineErrors> {
+pub(super) fn read_text(file: &Path) -> Result<String, PipelineErrors> {
     let shown = file.display();
     let cannot = |e: std::io::Error| {
         let help = (e.kind() == std::io::ErrorKind::NotFound)
