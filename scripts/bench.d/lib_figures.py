@@ -1,8 +1,11 @@
 """What every benchmark script shares: building grlm, installing peers, printing figures and judging them."""
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 
 ROOT = os.environ["BENCH_ROOT"]
 DATA = os.environ["GRLM_TEST_DATA"]
@@ -39,6 +42,33 @@ def venv(*sets):
         subprocess.run(["bash", os.path.join(DATA, "peers/setup.sh"), folder, *sets], check=True)
         open(done, "w").close()
     return os.path.join(folder, "bin")
+
+
+def stage_seconds(pipeline, *arguments):
+    """Runs a pipeline's text from scratch and gives each stage's seconds, its process's start included, and the folder
+    of results (the caller removes its parent)."""
+    work = tempfile.mkdtemp(prefix="bench-", dir=os.path.join(ROOT, "target"))
+    with open(os.path.join(work, "bench.yaml"), "w") as f:
+        f.write(pipeline)
+    out = subprocess.run(
+        [GRLM, "run", "bench.yaml", "--message-format", "json", *arguments], cwd=work, capture_output=True, text=True)
+    events = [json.loads(line) for line in out.stdout.splitlines()]
+    if out.returncode:
+        sys.exit(out.stderr + "\n".join(e["message"] for e in events if e["kind"] == "failed"))
+    return {e["stage"]: e["seconds"] for e in events if e["kind"] == "finished"}, os.path.join(work, "out/bench")
+
+
+def published_names(files):
+    """What our builders write, under the names that the reference's scripts give it."""
+    names = {"sft_rec_simplified.json": "sft_rec.json", "sft_rec.json": "sft_rec_records.json",
+             "sft_merged_rec_meta2tid.json": "sft_merged.json"}
+    return {**files, **{theirs: files[ours] for theirs, ours in names.items() if ours in files}}
+
+
+def seconds(call, *arguments):
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
 
 
 def figure(name, value, wanted=None, at_least=None, at_most=None, unit=""):

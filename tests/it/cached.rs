@@ -187,3 +187,48 @@ fn accept_adopts_a_result_and_the_record_says_so() {
         .any(|(_, text)| String::from_utf8_lossy(text).contains("only spacing changed"));
     assert!(accepted);
 }
+
+#[test]
+fn a_run_that_is_spared_tells_what_any_run_tells() {
+    let env = three();
+    env.write("b.txt", "bee\n");
+    env.ok(&["run", "three.yaml"]);
+    env.ran();
+    let spared = env.ok(&["run", "three.yaml", "--message-format", "json"]).stdout;
+    // Told not to look back, the loop itself decides.
+    fs::remove_dir_all(env.path(".grlm/latest/whole")).unwrap();
+    let decided = env.ok(&["run", "three.yaml", "--message-format", "json"]).stdout;
+    let kinds = |text: &str| -> Vec<(String, String)> {
+        let value = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+        let mut found: Vec<_> =
+            text.lines().map(value).map(|e| (e["kind"].to_string(), e["stage"].to_string())).collect();
+        found.sort();
+        found
+    };
+    assert_eq!(kinds(&spared), kinds(&decided));
+    assert_eq!(kinds(&spared).len(), 5);
+    assert!(env.ran().is_empty());
+}
+
+#[test]
+fn nothing_is_spared_when_anything_changed() {
+    let env = three();
+    let run = |arguments: &[&str]| {
+        env.ok(&[&["run", "three.yaml"], arguments].concat());
+        env.ran()
+    };
+    run(&[]);
+    assert!(run(&[]).is_empty());
+    env.write("src.txt", "other\n");
+    assert_eq!(run(&[]), ["count", "other", "upper"], "an input");
+    env.write("b.txt", "bee\n");
+    assert_eq!(run(&["--set", "vars.source=b.txt"]), ["count", "other", "upper"], "an argument");
+    assert!(run(&[]).is_empty());
+    fs::write(env.path("out/three/upper/upper.txt"), "edited").ok();
+    run(&[]);
+    assert_eq!(env.read("out/three/upper/upper.txt"), "OTHER\n", "what is shown");
+    fs::remove_dir_all(env.path(".grlm/actions")).unwrap();
+    assert_eq!(run(&[]), ["count", "other", "upper"], "the records");
+    assert_eq!(run(&["--force", "other"]), ["other"]);
+    assert!(run(&[]).is_empty());
+}

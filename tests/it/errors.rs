@@ -97,6 +97,23 @@ fn truncated_json_is_placed() {
 }
 
 #[test]
+fn unknown_items_and_items_without_text_are_reported_and_under_strict_refused() {
+    let env = Environment::new();
+    env.write("items.jsonl", "{\"id\": \"a\", \"title\": \"soap\"}\n{\"id\": \"b\"}\n{\"id\": \"c\", \"title\": \"comb\"}\n");
+    env.write("sequences.txt", "u a c a\nv a zz c a c\n");
+    let pipeline = |strict: bool| {
+        format!(
+            "name: x\nstages:\n  s:\n    uses: import_items\n    with: {{ strict: {strict} }}\n    inputs: {{ items: {{ file: items.jsonl }}, sequences: {{ file: sequences.txt }} }}\n"
+        )
+    };
+    env.write("x.yaml", &pipeline(false));
+    let said = env.ok(&["run", "x.yaml"]).stderr;
+    assert_says(&said, &["unknown", "text"]);
+    env.write("x.yaml", &pipeline(true));
+    assert_says(&env.fails(1, &["run", "x.yaml"]), &["items.jsonl:2"]);
+}
+
+#[test]
 fn garbage_and_bombs_are_refused_quickly() {
     let env = Environment::new();
     let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x]\n");

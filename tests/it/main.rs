@@ -1,10 +1,12 @@
 //! End to end: the real `grlm`, in an empty environment. Logic is tested where it lives; here, the wiring.
 
 mod cached;
+mod disks;
 mod environment;
 mod errors;
 mod failures;
 mod partial;
+mod pipelines;
 mod robust;
 mod variants;
 mod worker;
