@@ -144,7 +144,11 @@ impl Workshop {
         let launch =
             Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
         let AttemptEnd { result, duration, peak_memory, .. } = self.launcher.run(&launch, stop, on_event).await?;
-        if let Err(failure) = result {
+        if let Err(mut failure) = result {
+            if is_full(&folder) {
+                failure.help =
+                    Some("the disk of the store is full; `grlm gc` frees space, `--store` names another".into());
+            }
             self.forget(&folder);
             return Ok(End::Failed { failure, duration });
         }
@@ -267,6 +271,12 @@ impl Workshop {
             tracing::warn!(%error, folder = %folder.display(), "a failed attempt's folder stays");
         }
     }
+}
+
+/// Whether what failed may have failed for want of space.
+fn is_full(folder: &Path) -> bool {
+    const NEXT_TO_NOTHING: u64 = 256 << 10;
+    rustix::fs::statvfs(folder).is_ok_and(|disk| disk.f_bavail * disk.f_frsize < NEXT_TO_NOTHING)
 }
 
 fn stopped() -> End {

@@ -104,6 +104,11 @@ fn collect(folder: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
     }
 }
 
+/// What was said, with the line breaks that fit it to a terminal taken out.
+pub fn unwrapped(said: &str) -> String {
+    said.replace('│', " ").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 impl From<Output> for Outcome {
     fn from(output: Output) -> Self {
         Self {

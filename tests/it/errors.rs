@@ -99,7 +99,10 @@ fn truncated_json_is_placed() {
 #[test]
 fn unknown_items_and_items_without_text_are_reported_and_under_strict_refused() {
     let env = Environment::new();
-    env.write("items.jsonl", "{\"id\": \"a\", \"title\": \"soap\"}\n{\"id\": \"b\"}\n{\"id\": \"c\", \"title\": \"comb\"}\n");
+    env.write(
+        "items.jsonl",
+        "{\"id\": \"a\", \"title\": \"soap\"}\n{\"id\": \"b\"}\n{\"id\": \"c\", \"title\": \"comb\"}\n",
+    );
     env.write("sequences.txt", "u a c a\nv a zz c a c\n");
     let pipeline = |strict: bool| {
         format!(

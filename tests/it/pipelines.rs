@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use crate::environment::Environment;
+use crate::environment::{Environment, unwrapped};
 
 fn shipped() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
@@ -37,7 +37,7 @@ fn the_paper_s_pipelines_plan_without_a_file_at_hand_and_say_what_must_be_brough
     {
         let file = format!("{}/pipelines/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
         if archived {
-            let said = env.fails(3, &["plan", &file]);
+            let said = unwrapped(&env.fails(3, &["plan", &file]));
             assert!(said.contains("archive") && said.contains("--set vars.items=PATH"), "{said}");
         } else {
             let plan = env.ok(&["plan", &file]).stdout;
