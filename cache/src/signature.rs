@@ -53,9 +53,18 @@ impl Signature {
     /// Whether the file may have been changed in the same clock tick in which its hashing began, so that a later
     /// edit in that tick would leave the signature as it is. `began` is [`now`] from before the first read.
     pub fn is_racy(&self, began: i64) -> bool {
+        self.mtime.max(self.ctime).saturating_add(self.tick()) >= began
+    }
+
+    /// The same for a blob. Only its mtime tells edits, as it was dated back when it was sealed, and links change its
+    /// ctime all the time. That date is a whole second on every disk: how fine the clock is shows in the ctime.
+    pub fn is_racy_blob(&self, began: i64) -> bool {
+        self.mtime.saturating_add(self.tick()) >= began
+    }
+
+    fn tick(&self) -> i64 {
         let coarse = self.mtime % SECOND == 0 && self.ctime % SECOND == 0;
-        let tick = if coarse { COARSE_TICK } else { FINE_TICK };
-        self.mtime.max(self.ctime).saturating_add(tick) >= began
+        if coarse { COARSE_TICK } else { FINE_TICK }
     }
 
     pub fn to_bytes(self) -> [u8; SIGNATURE_BYTES] {
@@ -104,5 +113,14 @@ mod tests {
         assert!(coarse.is_racy(5 * SECOND));
         assert!(!coarse.is_racy(7 * SECOND));
         assert!(OLD.is_racy(0), "a clock that went back trusts nothing");
+    }
+
+    #[test]
+    fn a_blob_is_judged_by_its_date_and_the_clock_by_its_ctime() {
+        let sealed = Signature { mtime: 4 * SECOND, ctime: 5_100_000_000, ..OLD };
+        assert!(!sealed.is_racy_blob(sealed.ctime), "linked just now, edited long ago");
+        assert!(sealed.is_racy_blob(sealed.mtime + 9_000_000), "edited just now");
+        let coarse = Signature { ctime: 5 * SECOND, ..sealed };
+        assert!(coarse.is_racy_blob(5 * SECOND) && !coarse.is_racy_blob(7 * SECOND));
     }
 }
