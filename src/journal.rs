@@ -8,6 +8,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+pub use grlm_cache::ProcessId;
 use serde::{Deserialize, Serialize};
 
 use crate::events::{Body, Counts, Event, Outcome};
@@ -87,50 +88,6 @@ pub fn utc(seconds: u64, style: &CalendarStyle) -> String {
     }
 }
 
-/// A process of this or an earlier boot of a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    pub host: String,
-    pub boot: String,
-    pub pid: u32,
-    /// Clock ticks between boot and the process's start: tells it from a later one of the same number.
-    pub start: u64,
-}
-
-impl ProcessId {
-    pub fn own() -> Self {
-        let pid = std::process::id();
-        Self { host: host_name(), boot: boot_id(), pid, start: start_of(pid).unwrap_or(0) }
-    }
-
-    /// Whether it still runs; `None` if that cannot be seen from here (another machine).
-    pub fn is_alive(&self) -> Option<bool> {
-        if self.host != host_name() {
-            return None;
-        }
-        Some(self.boot == boot_id() && start_of(self.pid) == Some(self.start))
-    }
-}
-
-fn host_name() -> String {
-    fs::read_to_string("/proc/sys/kernel/hostname").map(|s| s.trim().to_owned()).unwrap_or_default()
-}
-
-fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
-}
-
-/// Field 22 of `/proc/PID/stat`; the name in field 2 may hold anything, so counting starts behind its bracket. A
-/// zombie counts as gone.
-fn start_of(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
-}
-
 /// `run.json`: written when the run starts, and again when it ends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
@@ -139,6 +96,9 @@ pub struct RunRecord {
     pub pipeline: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+    /// What its user calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// The command line.
     pub command: Vec<String>,
     pub started: f64,
@@ -224,6 +184,7 @@ impl Journal {
             id,
             pipeline: pipeline.to_owned(),
             variant: variant.map(str::to_owned),
+            name: None,
             command,
             started: crate::events::now(),
             process: ProcessId::own(),
@@ -232,6 +193,15 @@ impl Journal {
         let journal = Self { folder, record, events };
         journal.write_record()?;
         Ok(journal)
+    }
+
+    /// Gives the run a name.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn set_name(&mut self, name: &str) -> Result<(), JournalError> {
+        self.record.name = Some(name.to_owned());
+        self.write_record()
     }
 
     pub fn id(&self) -> &RunId {
@@ -348,6 +318,13 @@ impl Runs {
         Ok(lines.filter_map(|line| serde_json::from_slice(&line).ok()).collect())
     }
 
+    /// Whether the run said anything in the last day: of one on another machine, that is all that can be seen.
+    pub fn is_fresh(&self, id: &RunId) -> bool {
+        const QUIET: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+        let said = fs::metadata(self.events_path(id)).and_then(|metadata| metadata.modified());
+        said.is_ok_and(|said| said.elapsed().is_ok_and(|ago| ago < QUIET))
+    }
+
     pub fn events_path(&self, id: &RunId) -> PathBuf {
         self.folder.join(id.as_str()).join("events.jsonl")
     }
@@ -413,15 +390,6 @@ mod tests {
         let record = runs.record(&id).unwrap();
         assert_eq!(record.state(), RunState::Ended(Outcome::Succeeded));
         assert_eq!(record.ended.map(|e| e.counts), Some(counts));
-    }
-
-    #[test]
-    fn a_dead_run_is_seen_as_dead() {
-        let own = ProcessId::own();
-        assert_eq!(own.is_alive(), Some(true));
-        assert_eq!(ProcessId { start: own.start + 1, ..own.clone() }.is_alive(), Some(false));
-        assert_eq!(ProcessId { boot: "earlier".into(), ..own.clone() }.is_alive(), Some(false));
-        assert_eq!(ProcessId { host: "elsewhere".into(), ..own }.is_alive(), None);
     }
 
     #[test]

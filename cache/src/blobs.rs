@@ -5,18 +5,19 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
-use rustix::fs::{Timespec, Timestamps};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
 
 use crate::content::{Content, ContentKind, FolderEntry, FolderManifest};
 use crate::digest::Digest;
 use crate::hash::hash_file;
 use crate::signature::{Signature, now};
 use crate::signature_log::Remembered;
-use crate::steps::{Step, reach};
+use crate::steps::{Step, reach, synced};
 use crate::store::{Access, Store, rename_into};
 use crate::walk::{Walked, WalkedKind, walk};
 use crate::{Result, StoreError, sync};
@@ -172,9 +173,9 @@ impl Store {
     fn place_file(&self, staged: &Path) -> Result<(Digest, u64)> {
         let file = File::open(staged).map_err(StoreError::while_doing("open", staged))?;
         let sealed = seal(&file, staged)?;
-        reach(Step::Sealed);
+        reach(Step::Sealed, staged)?;
         let digest = hash_file(&file, sealed.size).map_err(StoreError::while_doing("read", staged))?;
-        reach(Step::Hashed);
+        reach(Step::Hashed, staged)?;
         if !signature_of(&file, staged)?.same_but_ctime(&sealed) {
             return Err(StoreError::Changing { path: staged.to_path_buf() });
         }
@@ -186,16 +187,18 @@ impl Store {
         let on_disk = sealed.size >= sync::SYNC_AT_ONCE;
         if on_disk {
             file.sync_all().map_err(StoreError::while_doing("sync", staged))?;
-            reach(Step::BlobSynced);
+            synced(&blob);
+            reach(Step::BlobSynced, staged)?;
         }
         rename_into(staged, &blob)?;
-        reach(Step::BlobPlaced);
+        self.ingested.fetch_add(sealed.size, Ordering::Relaxed);
+        reach(Step::BlobPlaced, &blob)?;
         let signature = signature_of(&file, &blob)?;
         if !signature.same_but_ctime(&sealed) {
             return Err(StoreError::Changing { path: blob });
         }
         self.blob_log.put(digest, Remembered { digest, signature, on_disk });
-        reach(Step::BlobRemembered);
+        reach(Step::BlobRemembered, &blob)?;
         self.pending.defer(blob);
         Ok((digest, sealed.size))
     }
@@ -206,11 +209,11 @@ impl Store {
             return Ok(false);
         }
         self.keep_signature(digest, || {
-            // Not ours to change: it stays, only older. Gone: it is placed again.
-            match fs::set_permissions(blob, fs::Permissions::from_mode(0o444)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-                _ => Ok(true),
-            }
+            let now = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+            let as_it_is = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
+            let times = Timestamps { last_access: now, last_modification: as_it_is };
+            // Gone, or not ours to touch: it is placed again.
+            Ok(rustix::fs::utimensat(CWD, blob, &times, AtFlags::SYMLINK_NOFOLLOW).is_ok())
         })
     }
 
@@ -246,13 +249,13 @@ impl Store {
             walk(root)?.into_iter().partition(|walked| matches!(walked.kind, WalkedKind::File { linked: true, .. }));
         let mut entries = linked.into_par_iter().map(take).collect::<Result<Vec<_>>>()?;
         entries.append(&mut own.into_par_iter().map(take).collect::<Result<Vec<_>>>()?);
-        reach(Step::FolderFilesPlaced);
+        reach(Step::FolderFilesPlaced, root)?;
         let manifest = FolderManifest::new(entries);
         let staged = self.temporary()?;
         fs::write(staged.path(), manifest.to_text()).map_err(StoreError::while_doing("write", staged.path()))?;
-        reach(Step::ManifestStaged);
+        reach(Step::ManifestStaged, staged.path())?;
         let (digest, _) = self.place_file(staged.path())?;
-        reach(Step::FolderPlaced);
+        reach(Step::FolderPlaced, root)?;
         let removed = if foreign { fs::remove_file(root) } else { fs::remove_dir_all(root) };
         removed.map_err(StoreError::while_doing("remove", root))?;
         Ok(manifest.content_of(digest))
@@ -297,7 +300,7 @@ pub(crate) fn look_at(path: &Path) -> Result<Option<(Signature, bool)>> {
 mod tests {
     use std::fs::OpenOptions;
     use std::io::Write;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
     use crate::testing::{ingested, key, staged, store};

@@ -20,30 +20,43 @@ mod content;
 mod digest;
 mod error;
 mod folder_snapshot;
+mod gc;
 mod hash;
 mod inputs;
+mod inventory;
+mod limit;
 mod lock;
 mod materialise;
+mod pins;
+mod process;
 mod record;
 mod scratch;
 mod signature;
 mod signature_log;
 mod stat_index;
-mod steps;
+pub mod steps;
 mod store;
 pub mod sync;
 #[cfg(test)]
 mod testing;
+mod verify;
 mod walk;
 
 pub use blobs::Health;
 pub use content::{Content, ContentKind, FolderEntry, FolderManifest};
 pub use digest::{ActionKey, Digest, ParseDigestError};
 pub use error::StoreError;
-pub use lock::{ActionLock, Holder};
+pub use gc::{Collect, Collected, FRESH, Gone, InUse};
+pub use inventory::{StageUsage, Usage};
+pub use limit::DEFAULT_LIMIT;
+pub use lock::{ActionLock, Holder, SILENCE};
 pub use materialise::{Materialised, Placement};
+pub use pins::Pin;
+pub use process::ProcessId;
 pub use record::{Accepted, ActionRecord, ActionSummary, Provenance, RECORD_FORMAT};
 pub use store::{Access, STORE_VERSION, Store};
+
+pub use verify::{Finding, Flaw, Verified};
 
 /// What fallible operations of this crate return.
 pub type Result<T> = std::result::Result<T, StoreError>;

@@ -16,6 +16,7 @@ use crate::content::{Content, ContentKind, FolderManifest};
 use crate::digest::Digest;
 use crate::signature::Signature;
 use crate::signature_log::Remembered;
+use crate::steps::{Step, reach};
 use crate::store::{Store, temporary_in};
 use crate::walk::{Walked, WalkedKind, walk};
 use crate::{Result, StoreError};
@@ -59,6 +60,7 @@ impl Store {
                 let placement = self.place(&content.digest, &staged)?;
                 // A rename changes the ctime too, and a hard link is the blob itself.
                 self.keep_signature(&content.digest, || self.replace_file(&staged, dest))?;
+                reach(Step::OutPlaced, dest)?;
                 self.remember_place(&content.digest, dest, placement)?;
                 Ok(Materialised::Placed(placement))
             }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::content::Content;
 use crate::digest::{ActionKey, Digest};
-use crate::steps::{Step, reach};
+use crate::steps::{Step, reach, synced};
 use crate::store::{Store, rename_into};
 use crate::{Result, StoreError, sync};
 
@@ -72,6 +72,9 @@ pub struct ActionSummary {
     pub peak_memory: u64,
     #[serde(default)]
     pub accepted: Option<Accepted>,
+    /// When it was last used, as far as its date tells; milliseconds since 1970. See [`Store::touch_record`].
+    #[serde(skip)]
+    pub used_ms: u64,
 }
 
 const PREFIX: &str = "{\"checksum\":\"";
@@ -81,14 +84,15 @@ const SUFFIX: &str = "}\n";
 impl Store {
     /// The record of an action, or `None` if there is none, or none that can be believed.
     pub fn record(&self, key: &ActionKey) -> Result<Option<ActionRecord>> {
-        let found: Option<ActionRecord> = self.read_record(key)?;
-        Ok(found.filter(|record| record.format == RECORD_FORMAT && record.key == *key))
+        let found: Option<(ActionRecord, u64)> = self.read_record(key)?;
+        Ok(found.map(|(record, _)| record).filter(|record| record.format == RECORD_FORMAT && record.key == *key))
     }
 
     /// The same without manifest and provenance; a few microseconds.
     pub fn summary(&self, key: &ActionKey) -> Result<Option<ActionSummary>> {
-        let found: Option<ActionSummary> = self.read_record(key)?;
-        Ok(found.filter(|record| record.format == RECORD_FORMAT && record.key == *key))
+        let Some((found, used_ms)) = self.read_record::<ActionSummary>(key)? else { return Ok(None) };
+        let found = ActionSummary { used_ms, ..found };
+        Ok(Some(found).filter(|record| record.format == RECORD_FORMAT && record.key == *key))
     }
 
     /// Whether there is a record of this action, unread.
@@ -107,15 +111,16 @@ impl Store {
         }
         let mut staged = self.temporary()?;
         staged.write_all(text.as_bytes()).map_err(StoreError::while_doing("write", staged.path()))?;
-        reach(Step::RecordStaged);
+        reach(Step::RecordStaged, &path)?;
         if must_sync {
             staged.as_file().sync_all().map_err(StoreError::while_doing("sync", staged.path()))?;
-            reach(Step::RecordSynced);
+            synced(&path);
+            reach(Step::RecordSynced, &path)?;
         }
         rename_into(staged.path(), &path)?;
         // The name has moved: nothing is left to delete.
         let _ = staged.into_temp_path().keep();
-        reach(Step::RecordPlaced);
+        reach(Step::RecordPlaced, &path)?;
         if must_sync {
             return path.parent().map_or(Ok(()), sync::sync_path);
         }
@@ -155,10 +160,18 @@ impl Store {
         path
     }
 
-    fn read_record<T: DeserializeOwned>(&self, key: &ActionKey) -> Result<Option<T>> {
+    /// With the date of its file.
+    fn read_record<T: DeserializeOwned>(&self, key: &ActionKey) -> Result<Option<(T, u64)>> {
         let path = self.record_path(key);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
+        let read = || -> io::Result<(Vec<u8>, u64)> {
+            let mut file = fs::File::open(&path)?;
+            let metadata = file.metadata()?;
+            let mut text = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0) + 1);
+            file.read_to_end(&mut text)?;
+            Ok((text, crate::inventory::milliseconds(&metadata)))
+        };
+        let (text, used_ms) = match read() {
+            Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StoreError::io("read", &path, error)),
         };
@@ -166,7 +179,7 @@ impl Store {
         if found.is_none() {
             tracing::warn!(path = %path.display(), "not a whole record, so it does not count");
         }
-        Ok(found)
+        Ok(found.map(|found| (found, used_ms)))
     }
 
     /// Calls `visit(name, path)` for each file `folder/ab/cdef…`, with `name` being `abcdef…`.

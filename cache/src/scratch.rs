@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::digest::ActionKey;
+use crate::steps::{Step, reach};
 use crate::store::Store;
 use crate::{Result, StoreError};
 
@@ -40,7 +41,7 @@ impl Store {
         let scratch = self.scratch(key);
         match fs::remove_dir_all(&scratch) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &scratch, error)),
-            _ => Ok(()),
+            _ => reach(Step::ScratchCleared, &scratch),
         }
     }
 }

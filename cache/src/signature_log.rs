@@ -163,9 +163,11 @@ fn check_of(entry: &[u8; ENTRY_BYTES]) -> [u8; 8] {
 fn this_boot() -> u64 {
     static BOOT: OnceLock<u64> = OnceLock::new();
     *BOOT.get_or_init(|| {
-        let id = fs::read("/proc/sys/kernel/random/boot_id")
-            .unwrap_or_else(|_| format!("{} {}", std::process::id(), crate::signature::now()).into_bytes());
-        let hash = blake3::hash(&id);
+        let mut id = crate::process::boot_id().to_owned();
+        if id.is_empty() {
+            id = format!("{} {}", std::process::id(), crate::signature::now());
+        }
+        let hash = blake3::hash(id.as_bytes());
         hash.as_bytes().first_chunk::<8>().map_or(1, |bytes| u64::from_le_bytes(*bytes)).max(1)
     })
 }

@@ -37,6 +37,10 @@ pub struct Store {
     pub(crate) hashed_unasked: AtomicU64,
     /// The disk said that it knows no reflinks; asking again for each file would cost a call.
     pub(crate) no_reflink: AtomicBool,
+    /// Bytes of new blobs that were not yet added to the size.
+    pub(crate) ingested: AtomicU64,
+    /// The disk said that it knows no locks: claims stand in for them.
+    pub(crate) no_flock: AtomicBool,
 }
 
 const CACHEDIR_TAG: &str = "Signature: 8a477f597d28d172789f06886806bc55\n\
@@ -75,6 +79,8 @@ impl Store {
             pending: Pending::default(),
             hashed_unasked: AtomicU64::new(0),
             no_reflink: AtomicBool::new(false),
+            no_flock: AtomicBool::new(false),
+            ingested: AtomicU64::new(0),
         })
     }
 

@@ -70,7 +70,9 @@ impl Pending {
 
 fn sync_file_system(root: &Path) -> Result<()> {
     let folder = File::open(root).map_err(StoreError::while_doing("open", root))?;
-    rustix::fs::syncfs(&folder).map_err(StoreError::while_doing("sync", root))
+    rustix::fs::syncfs(&folder).map_err(StoreError::while_doing("sync", root))?;
+    crate::steps::synced(root);
+    Ok(())
 }
 
 fn sync_each(paths: &[PathBuf]) -> Result<()> {
@@ -96,7 +98,11 @@ fn sync_each(paths: &[PathBuf]) -> Result<()> {
 pub(crate) fn sync_path(path: &Path) -> Result<()> {
     match File::open(path).and_then(|file| file.sync_all()) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io("sync", path, error)),
-        _ => Ok(()),
+        Err(_) => Ok(()),
+        Ok(()) => {
+            crate::steps::synced(path);
+            Ok(())
+        }
     }
 }
 

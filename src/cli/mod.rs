@@ -6,15 +6,21 @@ mod accept;
 mod compare;
 mod completions;
 mod dag;
+mod doctor;
+mod du;
 mod explain;
+mod gc;
 mod logs;
+mod pin;
 mod plan;
 mod request;
 mod run;
 mod schema;
 mod stages;
+mod status;
 mod sweep;
 mod variants;
+mod verify;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -52,7 +58,14 @@ pub enum Verb {
     Sweep(sweep::Args),
     Compare(compare::Args),
     Variants(variants::Args),
+    Status(status::Args),
     Logs(logs::Args),
+    Du(du::Args),
+    Gc(gc::Args),
+    Verify(verify::Args),
+    Pin(pin::Args),
+    Unpin(pin::UnpinArgs),
+    Doctor(doctor::Args),
     Dag(dag::Args),
     Stages(stages::Args),
     Schema(schema::Args),
@@ -97,6 +110,13 @@ fn dispatch(cli: Cli) -> Result<Code, CliError> {
         Verb::Compare(args) => compare::run(args, &cli.global),
         Verb::Variants(args) => variants::run(args),
         Verb::Logs(args) => logs::run(args, &cli.global),
+        Verb::Status(args) => status::run(args, &cli.global),
+        Verb::Du(args) => du::run(args, &cli.global),
+        Verb::Gc(args) => gc::run(args, &cli.global),
+        Verb::Verify(args) => verify::run(args, &cli.global),
+        Verb::Pin(args) => pin::run(args, &cli.global),
+        Verb::Unpin(args) => pin::unpin(args, &cli.global),
+        Verb::Doctor(args) => doctor::run(args, &cli.global),
         Verb::Dag(args) => dag::run(args),
         Verb::Schema(args) => schema::run(args),
         Verb::Stages(args) => stages::run(args),

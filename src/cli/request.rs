@@ -80,6 +80,11 @@ pub fn work(pipelines: Vec<pipeline::Pipeline>, part: &Part) -> Result<Work, Cli
     for pipeline in &pipelines {
         pipeline.check_files()?;
     }
+    work_unchecked(pipelines, part)
+}
+
+/// The same, whether or not the files are there.
+pub fn work_unchecked(pipelines: Vec<pipeline::Pipeline>, part: &Part) -> Result<Work, CliError> {
     Work::new(pipelines, &part.parts()).map_err(|unknown| {
         let help = unknown.nearest.as_ref().map(|n| format!("did you mean `{n}`?"));
         CliError::message(Code::Pipeline, unknown.to_string(), help)

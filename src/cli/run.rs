@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use grlm_cache::Access;
+use grlm_cache::{Access, Store};
 use grlm_stages::Artifact;
 
 use super::{
@@ -22,7 +22,7 @@ use crate::{
         work::Work,
     },
     error::CliError,
-    events::Outcome,
+    events::{Outcome, human_bytes},
     exit_codes::Code,
     metrics::{self, Row},
     progress::{Fancy, Json, Plain, Quiet, Reporter},
@@ -54,6 +54,9 @@ pub struct How {
     /// GPUs to use: `0,2`, `none`, or made-up ones, `sim:8x80GiB`; by default all that are found
     #[arg(long, value_name = "DEVICES", default_value = "all")]
     pub devices: device::Selection,
+    /// Call this run so, and keep its results whatever `grlm gc` is told, until `grlm unpin`
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
     /// How to tell what happens
     #[arg(long, value_enum, default_value = "auto")]
     pub message_format: MessageFormat,
@@ -74,7 +77,7 @@ pub enum MessageFormat {
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let selection = args.selected.selection();
     let whole = Request { file: &args.selected.file, selection: &selection, out: &args.how.out };
-    let whole = (args.part.is_everything() && !args.dry_run).then_some(whole);
+    let whole = (args.part.is_everything() && !args.dry_run && args.how.name.is_none()).then_some(whole);
     if let Some(request) = &whole
         && let Some(code) = spared(request, &args.how, global)?
     {
@@ -124,10 +127,18 @@ pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request
     let machine = request::machine(&how.devices, work)?;
     request::check_simulated(&machine, work)?;
     let store = request::open_store(global, Access::Write)?;
-    let options = Options { out: how.out.clone(), keep_going: how.keep_going, command: std::env::args().collect() };
+    let (out, name) = (how.out.clone(), how.name.clone());
+    let options = Options { out, name, keep_going: how.keep_going, command: std::env::args().collect() };
     let ended = run::run(Arc::clone(&store), work, machine, &options, how.reporter(global).as_mut())?;
     if let Some(request) = whole {
         Memory::keep(&store, request, work, &ended);
+    }
+    if let Some(name) = &how.name {
+        let keys = ended.results.iter().flatten().map(|done| done.key).collect();
+        store.pin(name, &work.title(0), keys)?;
+    }
+    if ended.counts.ran > 0 && how.message_format != MessageFormat::Json {
+        announce_size(&store);
     }
     if ended.outcome == Outcome::Succeeded && how.shows_results(global) {
         let folders: Vec<PathBuf> = work.pipelines.iter().map(|p| how.out.join(p.out_name())).collect();
@@ -138,6 +149,18 @@ pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request
         Outcome::Failed => Code::StageFailed,
         Outcome::Interrupted => Code::Interrupted,
     })
+}
+
+/// Says when the store has outgrown its limit. Nothing is removed that the user did not ask for.
+fn announce_size(store: &Store) {
+    let (size, (limit, _)) = (store.size(), store.limit());
+    if size > limit {
+        eprintln!(
+            "the store holds {}, more than its limit of {}: `grlm gc` removes what was not used for longest, `grlm gc --limit SIZE` changes the limit",
+            human_bytes(size),
+            human_bytes(limit)
+        );
+    }
 }
 
 /// Whether stderr is a terminal on which lines can be drawn anew.

@@ -1,10 +1,15 @@
 //! Finding out what this machine has.
 //!
-//! GPUs come from `nvidia-smi`, which takes up to a second or two: ask for them only when a stage wants one.
+//! GPUs come from the driver's library, NVML, or where that cannot be loaded from `nvidia-smi`, which takes up to a
+//! second or two: ask for them only when a stage wants one. `CUDA_VISIBLE_DEVICES` narrows them, as it does for CUDA.
 
 use std::{env, fs, io, process::Command};
 
-use super::{Gpu, Machine, Selection, parse_bytes};
+use super::{
+    Gpu, Machine, Selection,
+    nvml::{Found, Nvml, NvmlError},
+    parse_bytes,
+};
 
 /// Why the devices asked for cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +20,8 @@ pub enum DiscoverError {
     Unreadable { line: String },
     #[error("nvidia-smi failed: {message}")]
     Failed { message: String },
+    #[error(transparent)]
+    Nvml(#[from] NvmlError),
 }
 
 impl DiscoverError {
@@ -22,7 +29,9 @@ impl DiscoverError {
     pub fn help(&self) -> String {
         match self {
             Self::NoSuchGpu { found, .. } => format!("found: {found}"),
-            Self::Unreadable { .. } | Self::Failed { .. } => "`--devices none` runs without GPUs".into(),
+            Self::Unreadable { .. } | Self::Failed { .. } | Self::Nvml(_) => {
+                "`--devices none` runs without GPUs".into()
+            }
         }
     }
 }
@@ -36,23 +45,57 @@ pub fn machine(selection: &Selection, with_gpus: bool) -> Result<Machine, Discov
         Selection::None => Vec::new(),
         Selection::Simulated(sizes) => simulated(sizes),
         Selection::All if !with_gpus => Vec::new(),
-        Selection::All => visible(nvidia_smi()?, env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
-        Selection::Only(numbers) => {
-            let found = nvidia_smi()?;
-            let pick = |number: &usize| {
-                let gpu = found.iter().find(|(index, _)| index == number);
-                gpu.map(|(_, gpu)| gpu.clone()).ok_or_else(|| DiscoverError::NoSuchGpu {
-                    number: *number,
-                    found: match found.len() {
-                        0 => "no GPU".into(),
-                        _ => found.iter().map(|(index, _)| index.to_string()).collect::<Vec<_>>().join(", "),
-                    },
-                })
-            };
-            numbers.iter().map(pick).collect::<Result<_, _>>()?
-        }
+        Selection::All => visible(found()?, env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
+        Selection::Only(numbers) => only(&found()?, numbers)?,
     };
     Ok(Machine { cpus: cpus(), memory: memory(), gpus })
+}
+
+/// Number and GPU, of all that the driver shows; MIG instances have their GPU's number.
+///
+/// # Errors
+/// If there is a driver and it does not answer.
+pub fn found() -> Result<Vec<(usize, Gpu)>, DiscoverError> {
+    match Nvml::open().and_then(|nvml| nvml.devices()) {
+        Ok(found) => Ok(found.into_iter().map(numbered).collect()),
+        // A driver's library that is elsewhere still has its tool.
+        Err(NvmlError::Absent { .. } | NvmlError::Lacks { .. }) => nvidia_smi(),
+        Err(error) if error.is_absence() => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn numbered(found: Found) -> (usize, Gpu) {
+    let name = match found.instance {
+        Some(instance) => format!("gpu{}.{instance}", found.index),
+        None => format!("gpu{}", found.index),
+    };
+    (found.index, Gpu { name, uuid: found.uuid, memory: found.memory, simulated: false })
+}
+
+/// Those of these UUIDs that the driver does not show any more. None if it cannot be asked: that is no proof.
+pub fn missing(uuids: &[String]) -> Vec<String> {
+    if uuids.is_empty() {
+        return Vec::new();
+    }
+    let Ok(found) = found() else { return Vec::new() };
+    uuids.iter().filter(|uuid| !found.iter().any(|(_, gpu)| gpu.uuid == **uuid)).cloned().collect()
+}
+
+/// The GPUs with these numbers, in that order; all instances of one that is split.
+fn only(found: &[(usize, Gpu)], numbers: &[usize]) -> Result<Vec<Gpu>, DiscoverError> {
+    let mut chosen = Vec::new();
+    for number in numbers {
+        let before = chosen.len();
+        chosen.extend(found.iter().filter(|(index, _)| index == number).map(|(_, gpu)| gpu.clone()));
+        if chosen.len() == before {
+            let mut all: Vec<String> = found.iter().map(|(index, _)| index.to_string()).collect();
+            all.dedup();
+            let found = if all.is_empty() { "no GPU".into() } else { all.join(", ") };
+            return Err(DiscoverError::NoSuchGpu { number: *number, found });
+        }
+    }
+    Ok(chosen)
 }
 
 fn simulated(sizes: &[u64]) -> Vec<Gpu> {
@@ -126,8 +169,9 @@ fn parse_nvidia_smi(text: &str) -> Result<Vec<(usize, Gpu)>, DiscoverError> {
     Ok(gpus)
 }
 
-/// Keeps what `CUDA_VISIBLE_DEVICES` shows, in its order: numbers or UUIDs, which may be abbreviated. As in CUDA,
-/// the first entry that names nothing ends the list.
+/// Keeps what `CUDA_VISIBLE_DEVICES` shows, in its order: numbers, or UUIDs of GPUs and MIG instances, which may be
+/// abbreviated. As in CUDA, the first entry that names nothing ends the list; a number takes the first instance of a
+/// GPU that is split.
 fn visible(found: Vec<(usize, Gpu)>, variable: Option<&str>) -> Vec<Gpu> {
     let Some(variable) = variable else { return found.into_iter().map(|(_, gpu)| gpu).collect() };
     let pick = |entry: &str| {
@@ -168,6 +212,18 @@ mod tests {
         assert_eq!(names(Some("GPU-bbbb")), ["gpu1"]);
         assert_eq!(names(Some("0,7,1")), ["gpu0"]);
         assert!(names(Some("")).is_empty() && names(Some("-1")).is_empty());
+    }
+
+    #[test]
+    fn a_split_gpu_is_its_instances() {
+        let found = |index, instance, uuid: &str| Found { index, instance, uuid: uuid.into(), memory: 10 };
+        let all: Vec<(usize, Gpu)> =
+            [found(0, Some(0), "MIG-a"), found(0, Some(1), "MIG-b"), found(1, None, "GPU-c")].map(numbered).to_vec();
+        let names = |gpus: Vec<Gpu>| gpus.into_iter().map(|gpu| gpu.name).collect::<Vec<_>>();
+        assert_eq!(names(only(&all, &[1, 0]).unwrap()), ["gpu1", "gpu0.0", "gpu0.1"]);
+        assert_eq!(names(visible(all.clone(), Some("MIG-b,GPU-c"))), ["gpu0.1", "gpu1"]);
+        let error = only(&all, &[2]).unwrap_err();
+        assert_eq!(error.help(), "found: 0, 1");
     }
 
     #[test]

@@ -15,6 +15,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::events::human_bytes;
+
 use super::{
     Machine,
     pool::{GpuUsage, Usage},
@@ -140,6 +142,30 @@ impl HostLeases {
             self.file.set_len(text.len() as u64)
         };
         write().map_err(at("write", &self.path))
+    }
+
+    /// What every run of this machine holds now, in words: process and what it has. For people; nothing is locked.
+    pub fn survey(folder: &Path) -> Vec<(u32, String)> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let is_run = entry.file_name().to_str().is_some_and(|name| name.starts_with("run-"));
+            let Some(mut file) = File::open(entry.path()).ok().filter(|_| is_run) else { continue };
+            let mut text = String::new();
+            // A shared lock is refused only where a run lives that holds its own.
+            let lives = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+            if !lives || file.read_to_string(&mut text).is_err() {
+                continue;
+            }
+            let Some(held) = text.lines().next().and_then(|l| serde_json::from_str::<Held>(l).ok()) else { continue };
+            let mut parts = vec![format!("{} cores", held.cpus)];
+            parts.extend((held.memory > 0).then(|| human_bytes(held.memory)));
+            parts.extend(held.gpus.iter().map(|(uuid, gpu)| match gpu.whole {
+                true => format!("{uuid} whole"),
+                false => format!("{} of {uuid}", human_bytes(gpu.memory)),
+            }));
+            found.push((held.pid, parts.join(", ")));
+        }
+        found
     }
 
     /// What the other runs hold. Files of dead ones are removed.

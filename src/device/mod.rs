@@ -5,6 +5,7 @@
 
 pub mod discover;
 pub mod host;
+pub mod nvml;
 pub mod pool;
 
 use std::{fmt, str::FromStr};

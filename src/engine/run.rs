@@ -40,6 +40,8 @@ pub struct Options {
     /// Where results are shown.
     pub out: PathBuf,
     pub keep_going: bool,
+    /// What the user calls the run.
+    pub name: Option<String>,
     /// The command line, for the journal.
     pub command: Vec<String>,
 }
@@ -138,7 +140,11 @@ pub fn run(
     let names: Vec<String> = (0..work.pipelines.len()).map(|p| work.title(p)).collect();
     let variant = (work.pipelines.len() == 1).then(|| work.pipelines[0].variant.clone()).flatten();
     let name = work.pipelines.first().map(|p| p.name.clone()).unwrap_or_default();
-    let journal = Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
+    let mut journal =
+        Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
+    if let Some(name) = &options.name {
+        journal.set_name(name)?;
+    }
     let directory = std::env::current_dir().map_err(io("find the working directory"))?;
     let files = Files::digest(&store, work)?;
     let histories = names.iter().map(|title| History::open(store.root(), title)).collect();
@@ -265,7 +271,9 @@ impl Engine<'_> {
         };
         let permission = self.work.nodes[id].permission;
         match answer {
-            Answer::Ready(record) if permission != Permission::Force => {
+            Answer::Ready(record)
+                if permission != Permission::Force && self.workshop.store.touch_record(&action.key, record.used_ms) =>
+            {
                 self.emit(Some(id), None, Body::Cached { saved: Some(record.duration_ms as f64 / 1e3) });
                 self.done(id, Done { key: action.key, outputs: record.outputs });
             }

@@ -8,5 +8,6 @@ mod failures;
 mod partial;
 mod pipelines;
 mod robust;
+mod store;
 mod variants;
 mod worker;

@@ -1,0 +1,123 @@
+//! Reading everything again: whether each record can be believed and each blob is what its name says.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use serde::Serialize;
+
+use crate::blobs::Health;
+use crate::digest::{ActionKey, Digest};
+use crate::store::Store;
+use crate::{Result, StoreError};
+
+/// What [`Store::verify`] found wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Flaw {
+    /// The record fails its checksum.
+    Record { name: String },
+    /// The blob is not what its name says; it was moved aside, if the store can be written.
+    Damaged { digest: Digest, moved: bool },
+    /// Records need a blob that is not there.
+    Missing { digest: Digest },
+}
+
+/// A flaw, and whose results it spoils.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    #[serde(flatten)]
+    pub flaw: Flaw,
+    /// `pipeline/stage`, with the action's key: they run again when they are needed.
+    pub spoils: Vec<(String, ActionKey)>,
+}
+
+/// The outcome of [`Store::verify`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    pub records: u64,
+    pub blobs: u64,
+    pub bytes: u64,
+    pub findings: Vec<Finding>,
+}
+
+impl Store {
+    /// Reads every record and every blob. `progress` is told bytes done and in all, from several threads.
+    ///
+    /// # Errors
+    /// Something that cannot be read at all.
+    pub fn verify(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Verified> {
+        let inventory = self.inventory()?;
+        let mut needed: FxHashMap<Digest, Vec<(String, ActionKey)>> = FxHashMap::default();
+        for action in &inventory.actions {
+            for blob in &action.blobs {
+                needed.entry(*blob).or_default().push((format!("{}/{}", action.pipeline, action.stage), action.key));
+            }
+        }
+        let total: u64 = inventory.blobs.values().map(|lying| lying.bytes).sum();
+        let done = AtomicU64::new(0);
+        let mut damaged = inventory
+            .blobs
+            .par_iter()
+            .map(|(digest, lying)| {
+                let health = self.rehash_blob(digest)?;
+                progress(done.fetch_add(lying.bytes, Ordering::Relaxed) + lying.bytes, total);
+                Ok(match health {
+                    Health::Damaged { quarantined, .. } => {
+                        Some(Flaw::Damaged { digest: *digest, moved: quarantined.is_some() })
+                    }
+                    // One that is gone was collected meanwhile.
+                    Health::Intact | Health::Missing(_) => None,
+                })
+            })
+            .filter_map(Result::transpose)
+            .collect::<std::result::Result<Vec<Flaw>, StoreError>>()?;
+        damaged.sort_by_key(|flaw| format!("{flaw:?}"));
+        let mut missing: Vec<Digest> =
+            needed.keys().filter(|digest| !inventory.blobs.contains_key(digest)).copied().collect();
+        missing.sort_unstable();
+        let flaws = (inventory.damaged.iter().map(|name| Flaw::Record { name: name.clone() }))
+            .chain(damaged)
+            .chain(missing.into_iter().map(|digest| Flaw::Missing { digest }));
+        let mut spoils = |flaw: &Flaw| match flaw {
+            Flaw::Record { .. } => Vec::new(),
+            Flaw::Damaged { digest, .. } | Flaw::Missing { digest } => needed.remove(digest).unwrap_or_default(),
+        };
+        let findings = flaws.map(|flaw| Finding { spoils: spoils(&flaw), flaw }).collect();
+        let (records, blobs) = (inventory.actions.len() as u64, inventory.blobs.len() as u64);
+        Ok(Verified { records, blobs, bytes: total, findings })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::testing::{record, store};
+
+    #[test]
+    fn every_kind_of_damage_is_found_and_a_sound_store_has_none() {
+        let (_dir, store) = store();
+        let records: Vec<_> = (0..4u64).map(|n| record(&store, n, &format!("text {n}"))).collect();
+        records.iter().for_each(|record| store.publish(record).unwrap());
+        let sound = store.verify(&|_, _| ()).unwrap();
+        assert_eq!((sound.records, sound.blobs, sound.bytes, sound.findings.len()), (4, 4, 24, 0));
+        let blob = |n: usize| store.path_of(&records[n].outputs["out"].digest);
+        // Of the same size, and as if nobody had touched it.
+        let times = fs::metadata(blob(0)).unwrap().modified().unwrap();
+        fs::set_permissions(blob(0), fs::Permissions::from_mode(0o644)).unwrap();
+        fs::write(blob(0), "tExt 0").unwrap();
+        fs::File::options().write(true).open(blob(0)).unwrap().set_modified(times).unwrap();
+        fs::remove_file(blob(1)).unwrap();
+        fs::write(store.record_path(&records[2].key), "{}").unwrap();
+        let found = store.verify(&|_, _| ()).unwrap().findings;
+        let name = |n: usize| vec![("/s".to_owned(), records[n].key)];
+        let digest = |n: usize| records[n].outputs["out"].digest;
+        assert_eq!(found.len(), 3);
+        assert!(matches!(found[0].flaw, Flaw::Record { .. }));
+        assert_eq!(found[1], Finding { flaw: Flaw::Damaged { digest: digest(0), moved: true }, spoils: name(0) });
+        assert_eq!(found[2], Finding { flaw: Flaw::Missing { digest: digest(1) }, spoils: name(1) });
+    }
+}
