@@ -73,6 +73,14 @@ impl Dispatcher {
         }
     }
 
+    /// The GPU with this UUID is gone. Returns the waiting tasks that no longer fit this machine, with why.
+    pub fn lose(&mut self, uuid: &str) -> Vec<(TaskId, Unfit)> {
+        match self.machine.gpus.iter().position(|gpu| gpu.uuid == uuid) {
+            Some(index) => self.scheduler.lose(index),
+            None => Vec::new(),
+        }
+    }
+
     pub fn running(&self) -> usize {
         self.scheduler.running()
     }
@@ -87,5 +95,5 @@ impl Dispatcher {
         self.scheduler.waits_for_others()
     }
 
-    pub const POLL: std::time::Duration = std::time::Duration::from_millis(200);
+    pub const POLL: std::time::Duration = std::time::Duration::from_millis(50);
 }

@@ -82,6 +82,9 @@ pub enum Body {
         seconds: f64,
         /// Bytes.
         peak_memory: u64,
+        /// Bytes held at most on one GPU, where that was seen.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        peak_gpu_memory: Option<u64>,
     },
     /// An attempt failed.
     Failed {

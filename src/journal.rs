@@ -318,6 +318,15 @@ impl Runs {
         Ok(lines.filter_map(|line| serde_json::from_slice(&line).ok()).collect())
     }
 
+    /// Forgets a run: its journal and its logs.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn remove(&self, id: &RunId) -> Result<(), JournalError> {
+        let folder = self.folder.join(id.as_str());
+        fs::remove_dir_all(&folder).map_err(JournalError::new("remove", &folder))
+    }
+
     /// Whether the run said anything in the last day: of one on another machine, that is all that can be seen.
     pub fn is_fresh(&self, id: &RunId) -> bool {
         const QUIET: std::time::Duration = std::time::Duration::from_secs(24 * 3600);

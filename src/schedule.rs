@@ -203,6 +203,17 @@ impl Scheduler {
         }
     }
 
+    /// A GPU is gone: it is not given again. Returns the waiting tasks that no longer fit this machine, with why; they
+    /// are forgotten.
+    pub fn lose(&mut self, gpu: usize) -> Vec<(TaskId, Unfit)> {
+        self.pool.lose(gpu);
+        let tasks = self.waiting.values().flat_map(|queue| queue.values().map(|waiting| waiting.task));
+        let unfit: Vec<(TaskId, Unfit)> =
+            tasks.filter_map(|task| Some((task.id, self.pool.check(task.request).err()?))).collect();
+        unfit.iter().for_each(|(id, _)| self.remove(*id));
+        unfit
+    }
+
     pub fn running(&self) -> usize {
         self.running.len()
     }
@@ -344,6 +355,21 @@ mod tests {
         scheduler.finish(TaskId(1));
         assert_eq!(ids(&scheduler.start(1.0)), [0]);
         assert!(!scheduler.waits_for_others());
+    }
+
+    #[test]
+    fn tasks_that_a_lost_gpu_leaves_without_place_are_told() {
+        let mut scheduler = Scheduler::new(&machine(4, 2));
+        scheduler.add(task(0, 1, 1, 9.0, None)).unwrap();
+        scheduler.add(task(1, 1, 2, 8.0, None)).unwrap();
+        scheduler.add(task(2, 1, 1, 1.0, None)).unwrap();
+        let started = scheduler.start(0.0);
+        let lost = started[0].lease.gpus[0];
+        assert_eq!(scheduler.lose(lost).into_iter().map(|(id, _)| id).collect::<Vec<_>>(), [TaskId(1)]);
+        scheduler.finish(TaskId(0));
+        let later = scheduler.start(1.0);
+        assert!(ids(&started).contains(&2) || ids(&later) == [2]);
+        assert!(later.iter().all(|start| start.lease.gpus != [lost]));
     }
 
     #[test]

@@ -31,6 +31,8 @@ use crate::{Result, StoreError};
 
 /// A record dated within this long is not dated anew when it is used.
 pub const FRESH: Duration = Duration::from_secs(600);
+/// Dates that the kernel gives may lie this far behind its clock.
+const TICK_MS: u64 = 50;
 /// Checkpoints and partial work of actions that never finished stay this long.
 pub const UNFINISHED_FOR: Duration = Duration::from_secs(14 * 24 * 3600);
 
@@ -89,8 +91,8 @@ impl Store {
     /// # Errors
     /// None that matter: who may not date it (another user's, a read-only disk) uses it all the same.
     pub fn touch_record(&self, key: &ActionKey, used_ms: u64) -> bool {
-        let fresh = u64::try_from(now() / 1_000_000).unwrap_or(0).saturating_sub(used_ms) < millis(FRESH);
-        if fresh || self.require_write().is_err() {
+        let is_fresh = now_ms().saturating_sub(used_ms) < millis(fresh());
+        if is_fresh || self.require_write().is_err() {
             return true;
         }
         let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
@@ -147,7 +149,7 @@ enum Candidate<'a> {
 
 impl<'a> Collection<'a> {
     fn begin(store: &'a Store, request: &'a Collect<'a>) -> Result<Self> {
-        let began_ms = now_ms();
+        let began_ms = now_ms().saturating_sub(TICK_MS);
         let in_use = (request.in_use)()?;
         let inventory = store.inventory()?;
         let total = tree_bytes(&store.root);
@@ -158,7 +160,7 @@ impl<'a> Collection<'a> {
 
     /// Whether something last used then may be in use.
     fn may_run(&self, in_use: &InUse, used_ms: u64) -> bool {
-        in_use.running_since_ms.is_some_and(|since| used_ms >= since.saturating_sub(millis(FRESH)))
+        in_use.running_since_ms.is_some_and(|since| used_ms >= since.saturating_sub(millis(fresh())))
     }
 
     fn choose(&mut self) -> Result<()> {
@@ -306,10 +308,10 @@ impl<'a> Collection<'a> {
 
     fn condemn_blobs(&mut self) -> Result<()> {
         // Read anew: runs have published meanwhile, and what was condemned is gone.
-        let before_ms = now_ms();
+        let before_ms = now_ms().saturating_sub(TICK_MS);
         let inventory = self.store.inventory()?;
         let needed: FxHashSet<&Digest> = inventory.actions.iter().flat_map(|action| &action.blobs).collect();
-        let since = self.in_use.running_since_ms.map_or(u64::MAX, |since| since.saturating_sub(millis(FRESH)));
+        let since = self.in_use.running_since_ms.map_or(u64::MAX, |since| since.saturating_sub(millis(fresh())));
         let cutoff = before_ms.min(since);
         let accounted = self.done.bytes;
         let mut freed = 0;
@@ -353,6 +355,10 @@ fn move_away(from: &Path, to: &Path) -> Result<bool> {
     }
 }
 
+fn fresh() -> Duration {
+    crate::steps::claimed_fresh().map_or(FRESH, Duration::from_secs)
+}
+
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -393,9 +399,9 @@ mod tests {
         file.set_modified(SystemTime::now() - hours * HOUR).unwrap();
     }
 
-    /// Blobs that come in within the millisecond in which a collection begins are taken for new.
+    /// Blobs that come in just before a collection begins are taken for new.
     fn settle() {
-        std::thread::sleep(Duration::from_millis(15));
+        std::thread::sleep(Duration::from_millis(2 * TICK_MS));
     }
 
     fn keys(store: &Store) -> BTreeSet<ActionKey> {

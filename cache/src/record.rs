@@ -35,6 +35,9 @@ pub struct ActionRecord {
     pub duration_ms: u64,
     /// Bytes.
     pub peak_memory: u64,
+    /// Bytes held at most on one GPU, where that was seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_gpu_memory: Option<u64>,
     pub provenance: Provenance,
     /// Set when the result was adopted from another action instead of computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -95,9 +98,10 @@ impl Store {
         Ok(Some(found).filter(|record| record.format == RECORD_FORMAT && record.key == *key))
     }
 
-    /// Whether there is a record of this action, unread.
+    /// Whether there is a record of this action, unread, which is used now: it is dated.
     pub fn has_record(&self, key: &ActionKey) -> bool {
-        fs::metadata(self.record_path(key)).is_ok_and(|found| found.len() > 0)
+        let found = fs::metadata(self.record_path(key)).ok().filter(|found| found.len() > 0);
+        found.is_some_and(|found| self.touch_record(key, crate::inventory::milliseconds(&found)))
     }
 
     /// Publishes a record whose outputs have all been ingested: atomic, and on disk as [`crate::sync`] says. A record

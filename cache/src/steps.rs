@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `GRLM_FAULT=Step:visit:kind` | at the `visit`th time (from 1) that this process reaches `Step` (or `Any`): `kill` ends the process as `kill -9` would, `stop` suspends it, `eio` and `enospc` make the step fail |
 //! | `GRLM_FAULT_SYNCED=FILE` | the paths of files and folders that were synced are appended to `FILE`, so that a test of power cuts knows what the disk must still have |
+//! | `GRLM_FAULT_FRESH=SECONDS` | stands for [`crate::FRESH`], so that a test need not wait for it |
 //! | `GRLM_FAULT_BOOT=TEXT` | this process believes to run in another boot: what comes after a power cut |
 
 use std::env;
@@ -131,6 +132,11 @@ pub fn synced(path: &Path) {
     if let Some(Ok(mut log)) = log.as_ref().map(Mutex::lock) {
         let _ = writeln!(log, "{}", path.display());
     }
+}
+
+pub(crate) fn claimed_fresh() -> Option<u64> {
+    static FRESH: OnceLock<Option<u64>> = OnceLock::new();
+    *FRESH.get_or_init(|| env::var("GRLM_FAULT_FRESH").ok()?.parse().ok())
 }
 
 pub(crate) fn claimed_boot() -> Option<String> {

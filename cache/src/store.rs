@@ -158,8 +158,10 @@ fn create(root: &Path) -> Result<()> {
     fs::write(root.join("CACHEDIR.TAG"), CACHEDIR_TAG).map_err(refused)?;
     let staged = temporary_in(root).map_err(refused)?;
     fs::write(staged.path(), format!("{STORE_VERSION}\n")).map_err(refused)?;
+    // Empty after a power cut, it would make the folder look like somebody else's.
+    staged.as_file().sync_all().map_err(refused)?;
     staged.persist(root.join("VERSION")).map_err(|error| refused(error.error))?;
-    Ok(())
+    crate::sync::sync_path(root)
 }
 
 /// Inode and device numbers mean something on one host only, so each has its own index.

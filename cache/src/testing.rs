@@ -38,6 +38,7 @@ pub(crate) fn record(store: &Store, number: u64, text: &str) -> ActionRecord {
         started_ms: 1_700_000_000_000,
         duration_ms: 7,
         peak_memory: 1 << 20,
+        peak_gpu_memory: None,
         provenance: Provenance { stage: "s".into(), ..Provenance::default() },
         accepted: None,
     }

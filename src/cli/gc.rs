@@ -8,8 +8,9 @@ use grlm_cache::{Access, Collect, Collected, InUse, Store, StoreError};
 use super::{Global, request};
 use crate::{
     device::parse_bytes,
+    engine::run::RunError,
     error::CliError,
-    events::human_bytes,
+    events::{human_bytes, now},
     exit_codes::Code,
     journal::{CalendarStyle, RunState, Runs, utc},
 };
@@ -84,6 +85,10 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         let help = "wait for it; it does not take long".to_owned();
         return Err(CliError::message(Code::Store, "another collection goes on in this store", Some(help)));
     };
+    let journals = match args.max_age {
+        Some(age) => old_journals(&Runs::new(store.runs_dir()), age, args.dry_run)?,
+        None => 0,
+    };
     if !args.dry_run {
         store.sweep_locks()?;
     }
@@ -91,11 +96,35 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         println!("{}", serde_json::to_string(&done).unwrap_or_default());
     } else {
         show(&done, args.dry_run, global.quiet);
+        if journals > 0 {
+            println!("{journals} journals of old runs {}", if args.dry_run { "would go" } else { "went too" });
+        }
         if max_bytes.is_some_and(|max| done.left > max) {
             eprintln!("it is still larger than wanted: the rest is pinned, in use, or no result");
         }
     }
     Ok(Code::Ok)
+}
+
+/// Removes journals and logs of runs that ended that long ago and have no name. How many.
+fn old_journals(runs: &Runs, age: Duration, dry_run: bool) -> Result<usize, CliError> {
+    let mut removed = 0;
+    for id in runs.list() {
+        let Ok(record) = runs.record(&id) else { continue };
+        let over = match record.state() {
+            RunState::Running => false,
+            RunState::Elsewhere => !runs.is_fresh(&id),
+            RunState::Ended(_) | RunState::Died => true,
+        };
+        let end = record.ended.as_ref().map_or(record.started, |end| end.t);
+        if over && record.name.is_none() && end + age.as_secs_f64() < now() {
+            removed += 1;
+            if !dry_run {
+                runs.remove(&id).map_err(RunError::from)?;
+            }
+        }
+    }
+    Ok(removed)
 }
 
 fn show(done: &Collected, dry_run: bool, quiet: bool) {

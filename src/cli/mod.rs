@@ -9,6 +9,7 @@ mod dag;
 mod doctor;
 mod du;
 mod explain;
+mod forecast;
 mod gc;
 mod logs;
 mod pin;

@@ -3,8 +3,10 @@
 use grlm_cache::{Access, Store};
 use serde_json::json;
 
+use super::sweep::Several;
 use super::{
     Global,
+    forecast::{self, Forecast},
     request::{self, Part, Selected},
 };
 use crate::{
@@ -24,20 +26,44 @@ pub struct Args {
     selected: Selected,
     #[command(flatten)]
     part: Part,
-    /// GPUs to plan for: `0,2`, `none`, or made-up ones, `sim:8x80GiB`
+    /// Plan these variants as one graph, as `grlm sweep` runs them; without names, everything the file has
+    #[arg(long, num_args = 0.., value_name = "VARIANT", conflicts_with_all = ["variant", "until", "from", "only", "force"])]
+    sweep: Option<Vec<String>>,
+    /// Play the run on these GPUs: `0,2`, `none`, or made-up ones, `sim:8x80GiB`
     #[arg(long, value_name = "DEVICES")]
     devices: Option<device::Selection>,
+    #[command(flatten)]
+    forecast: Forecast,
     /// As JSON
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
-    let work = request::work(vec![args.selected.load()?], &args.part)?;
-    if let Some(devices) = &args.devices {
-        request::machine(devices, &work)?;
+    let work = match &args.sweep {
+        None => request::work(vec![args.selected.load()?], &args.part)?,
+        Some(variants) => {
+            let (file, set) = (args.selected.file.clone(), args.selected.set.clone());
+            let several = Several { file, variants: variants.clone(), set };
+            request::work(several.load()?, &Part::default())?
+        }
+    };
+    let Some(devices) = &args.devices else { return show(&work, global, args.json) };
+    let mut machine = request::machine(devices, &work)?;
+    if matches!(devices, device::Selection::Simulated(_)) {
+        forecast::furnish(&mut machine);
     }
-    show(&work, global, args.json)
+    if !args.json {
+        show(&work, global, false)?;
+    }
+    let (store, _folder) = store_for_reading(global)?;
+    let foretold = args.forecast.play(&store, &work, &foresee(&store, &work)?, &machine)?;
+    if args.json {
+        println!("{}", foretold.as_json(&work, &machine));
+    } else {
+        println!("\n{}", foretold.as_text(&work, &machine));
+    }
+    Ok(Code::Ok)
 }
 
 /// Opens the store for reading; where there is none yet, an empty one in a temporary folder stands in.

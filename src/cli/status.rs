@@ -39,6 +39,9 @@ pub struct StageStatus {
     /// The largest resident set, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_memory: Option<u64>,
+    /// The most held on one GPU, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_gpu_memory: Option<u64>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
     /// Done and all of something.
@@ -60,9 +63,10 @@ struct RunStatus<'a> {
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let runs = Runs::new(global.store.join("runs"));
     let ids = runs.list();
+    let count = if args.run.is_some() { 1 } else { args.count };
+    // Names tell the second of the start and no more, so a few more are looked at than are shown.
     let chosen: Vec<RunId> = match args.run.as_deref() {
-        None => ids.into_iter().rev().take(args.count).collect(),
-        Some("last") => ids.last().cloned().into_iter().collect(),
+        None | Some("last") => ids.into_iter().rev().take(count + 32).collect(),
         Some(text) => {
             let known = RunId::parse(text).filter(|id| ids.contains(id));
             let help = "`grlm status` lists them; `--store` names another store".to_owned();
@@ -71,7 +75,9 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
             })?]
         }
     };
-    let records: Vec<RunRecord> = chosen.iter().filter_map(|id| runs.record(id).ok()).collect();
+    let mut records: Vec<RunRecord> = chosen.iter().filter_map(|id| runs.record(id).ok()).collect();
+    records.sort_by(|a, b| b.started.total_cmp(&a.started));
+    records.truncate(count);
     let stages_of = |record: &RunRecord| stages(&runs.events(&record.id).unwrap_or_default(), record.state());
     if args.json {
         let all: Vec<RunStatus<'_>> = records
@@ -134,6 +140,7 @@ fn show_run(record: &RunRecord, stages: &BTreeMap<String, StageStatus>) {
         notes.extend((stage.attempt > 1).then(|| format!("attempt {}", stage.attempt)));
         notes.extend((!stage.devices.is_empty()).then(|| stage.devices.join(",")));
         notes.extend(stage.peak_memory.map(human_bytes));
+        notes.extend(stage.peak_gpu_memory.map(|bytes| format!("{} on a GPU", human_bytes(bytes))));
         notes.extend((!stage.note.is_empty()).then(|| stage.note.clone()));
         table.add_row([format!("  {name}"), stage.state.to_owned(), time, notes.join(", ")]);
     }
@@ -177,6 +184,7 @@ pub fn stages(events: &[Event], run: RunState) -> BTreeMap<String, StageStatus> 
             since: None,
             seconds: None,
             peak_memory: None,
+            peak_gpu_memory: None,
             devices: Vec::new(),
             progress: None,
             note: String::new(),
@@ -190,7 +198,8 @@ pub fn stages(events: &[Event], run: RunState) -> BTreeMap<String, StageStatus> 
             }
             Body::Progress { done, total, unit } => stage.progress = Some((*done, *total, unit.clone())),
             Body::Cached { .. } => stage.state = "cached",
-            Body::Finished { seconds, peak_memory, .. } => {
+            Body::Finished { seconds, peak_memory, peak_gpu_memory } => {
+                stage.peak_gpu_memory = *peak_gpu_memory;
                 (stage.state, stage.seconds, stage.peak_memory) = ("done", Some(*seconds), Some(*peak_memory));
                 stage.progress = None;
             }
@@ -228,7 +237,7 @@ mod tests {
             event("b", None, Body::Cached { saved: None }),
             event("c", None, queued()),
             event("d", Some(2), started()),
-            event("d", Some(2), Body::Finished { seconds: 2.0, peak_memory: 7 }),
+            event("d", Some(2), Body::Finished { seconds: 2.0, peak_memory: 7, peak_gpu_memory: None }),
         ];
         let states = |run| stages(&events, run).into_values().map(|s| s.state).collect::<Vec<_>>();
         assert_eq!(states(RunState::Running), ["running", "cached", "queued", "done"]);

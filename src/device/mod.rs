@@ -7,6 +7,7 @@ pub mod discover;
 pub mod host;
 pub mod nvml;
 pub mod pool;
+pub mod sampler;
 
 use std::{fmt, str::FromStr};
 

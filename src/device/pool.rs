@@ -113,6 +113,8 @@ pub struct Pool {
     cpus: u32,
     memory: u64,
     gpus: Vec<u64>,
+    /// Positions of GPUs that are gone.
+    lost: std::collections::BTreeSet<usize>,
     own: Usage,
     foreign: Usage,
 }
@@ -123,6 +125,7 @@ impl Pool {
             cpus: machine.cpus.max(1),
             memory: machine.memory,
             gpus: machine.gpus.iter().map(|gpu| gpu.memory).collect(),
+            lost: std::collections::BTreeSet::new(),
             own: Usage::default(),
             foreign: Usage::default(),
         }
@@ -142,6 +145,15 @@ impl Pool {
         self.foreign = foreign;
     }
 
+    /// Takes a GPU out: it is never given again.
+    pub fn lose(&mut self, index: usize) {
+        self.lost.insert(index);
+    }
+
+    fn present(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        self.gpus.iter().copied().enumerate().filter(|(index, _)| !self.lost.contains(index))
+    }
+
     /// The request as this machine grants it: at least one core, and no more than there are.
     pub fn clamp(&self, request: Request) -> Request {
         Request { cpus: request.cpus.clamp(1, self.cpus), ..request }
@@ -157,16 +169,17 @@ impl Pool {
             return Err(Unfit { needs: format!("{needs} of memory"), has });
         }
         let large = request.gpu_memory.map_or(0, |m| m);
-        let enough = self.gpus.iter().filter(|memory| **memory >= large).count();
+        let present: Vec<u64> = self.present().map(|(_, memory)| memory).collect();
+        let enough = present.iter().filter(|memory| **memory >= large).count();
         if enough >= request.gpus as usize {
             return Ok(());
         }
         let plural = |n: usize| format!("{n} GPU{}", if n == 1 { "" } else { "s" });
         let needs = plural(request.gpus as usize);
-        let has = if self.gpus.is_empty() { "none".to_owned() } else { plural(self.gpus.len()) };
+        let has = if present.is_empty() { "none".to_owned() } else { plural(present.len()) };
         Err(match request.gpu_memory {
-            Some(memory) if !self.gpus.is_empty() => {
-                let sizes: Vec<String> = self.gpus.iter().map(|memory| human_bytes(*memory)).collect();
+            Some(memory) if !present.is_empty() => {
+                let sizes: Vec<String> = present.iter().map(|memory| human_bytes(*memory)).collect();
                 Unfit {
                     needs: format!("{needs} with {} each", human_bytes(memory)),
                     has: format!("{has} with {}", sizes.join(", ")),
@@ -192,8 +205,8 @@ impl Pool {
             return None;
         }
         // Free memory and position of every GPU that fits.
-        let mut fitting: Vec<(u64, usize)> = (self.gpus.iter().enumerate())
-            .filter_map(|(index, &total)| {
+        let mut fitting: Vec<(u64, usize)> = (self.present())
+            .filter_map(|(index, total)| {
                 let (own, foreign) = (self.own.gpu(index), self.foreign.gpu(index));
                 if own.whole || foreign.whole {
                     return None;
@@ -257,6 +270,19 @@ mod tests {
         assert_eq!(pool.find(gpus(1, None)), None, "a share is left");
         pool.release(&second);
         assert!(pool.find(gpus(1, None)).is_some());
+    }
+
+    #[test]
+    fn a_lost_gpu_is_not_given_again() {
+        let mut pool = pool(8, &[80, 80]);
+        let lease = pool.find(gpus(1, None)).unwrap();
+        pool.take(&lease);
+        pool.lose(lease.gpus[0]);
+        pool.release(&lease);
+        assert_ne!(pool.find(gpus(1, None)).unwrap().gpus, lease.gpus);
+        assert_eq!(pool.find(gpus(2, Some(1))), None);
+        let text = pool.check(gpus(2, None)).unwrap_err().to_string();
+        assert_eq!(text, "needs 2 GPUs, and there is 1 GPU");
     }
 
     #[test]

@@ -84,6 +84,12 @@ pub enum End {
         failure: AttemptFailure,
         duration: Duration,
     },
+    /// It failed, and is to be queued again: for other devices or for more of them. These GPUs are gone.
+    Again {
+        failure: AttemptFailure,
+        duration: Duration,
+        lost: Vec<String>,
+    },
 }
 
 /// Something below the stage failed: the store or the start of the worker.
@@ -110,8 +116,7 @@ pub struct Workshop {
 }
 
 impl Workshop {
-    /// Runs one attempt and publishes its result. Holds the action's lock throughout; if another process has it,
-    /// waits for it and reuses what that one published.
+    /// Runs one attempt and publishes its result. The caller holds the action's lock throughout.
     ///
     /// # Errors
     /// Only what is not the stage's fault; a stage that fails is an [`End::Failed`].
@@ -124,17 +129,11 @@ impl Workshop {
         on_event: &mut dyn FnMut(WorkerEvent),
     ) -> Result<End, AttemptError> {
         let key = job.action.key;
-        let _lock = loop {
-            if let Some(lock) = self.store.try_lock_action(&key)? {
-                break lock;
-            }
-            if *stop.borrow() != crate::executor::Stop::No {
-                return Ok(stopped());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
+        // Whoever had the lock before may have published it meanwhile.
         if !job.forced
+            && trial.number == 1
             && let Answer::Ready(record) = decide::look_up(&self.store, &key)?
+            && self.store.touch_record(&key, record.used_ms)
         {
             return Ok(End::Reused(record.outputs));
         }
@@ -143,7 +142,8 @@ impl Workshop {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let launch =
             Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
-        let AttemptEnd { result, duration, peak_memory, .. } = self.launcher.run(&launch, stop, on_event).await?;
+        let AttemptEnd { result, duration, peak_memory, peak_gpu_memory, .. } =
+            self.launcher.run(&launch, stop, on_event).await?;
         if let Err(mut failure) = result {
             if is_full(&folder) {
                 failure.help =
@@ -170,6 +170,7 @@ impl Workshop {
                 started_ms: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
                 duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
                 peak_memory,
+                peak_gpu_memory,
                 provenance: provenance(&workshop.run, &job.pipeline, &job.label),
                 accepted: None,
             };
@@ -277,18 +278,6 @@ impl Workshop {
 fn is_full(folder: &Path) -> bool {
     const NEXT_TO_NOTHING: u64 = 256 << 10;
     rustix::fs::statvfs(folder).is_ok_and(|disk| disk.f_bavail * disk.f_frsize < NEXT_TO_NOTHING)
-}
-
-fn stopped() -> End {
-    End::Failed {
-        failure: AttemptFailure {
-            failure: Failure::Stopped,
-            message: "stopped on request".into(),
-            help: None,
-            tail: Vec::new(),
-        },
-        duration: Duration::ZERO,
-    }
 }
 
 /// Who makes a result, and where.

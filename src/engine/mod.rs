@@ -6,12 +6,14 @@
 //! | `decide` | whether a stage has to run, and why |
 //! | `history` | what each stage stood for last time |
 //! | `attempt` | one action from lock to record |
+//! | `measured` | what stages were seen to need |
 //! | `run` | the loop |
 //! | `shortcut` | the loop spared, where nothing at all has changed |
 
 pub mod attempt;
 pub mod decide;
 pub mod history;
+pub mod measured;
 mod models;
 pub mod run;
 pub mod shortcut;

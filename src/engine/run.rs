@@ -11,17 +11,18 @@ use std::{
 };
 
 use grlm_cache::{ActionKey, Content, Store, StoreError};
-use grlm_stages::Failure;
+use grlm_stages::{Failure, event::LogLevel};
 use tokio::{sync::mpsc, task::LocalSet};
 
 use super::{
     attempt::{AttemptError, End, Job, JobInput, JobOutput, Leased, Trial, Workshop},
     decide::{self, Action, Answer, Files},
     history::History,
+    measured::Measured,
     work::{NodeId, Permission, Source, Work, producers},
 };
 use crate::{
-    device::{Lease, Machine, host::HostError},
+    device::{Lease, Machine, Unfit, discover, host::HostError},
     dispatch::Dispatcher,
     events::{Body, Counts, Event, Outcome, now},
     executor::{
@@ -85,7 +86,9 @@ enum State {
     Queued(Box<Action>),
     /// Another node does the same work now.
     Twin,
-    Running,
+    /// Another process does the same work now; it holds its lock, and we hold no devices meanwhile.
+    Elsewhere(Box<Action>),
+    Running(Box<Action>),
     Done(Done),
     Failed,
     Skipped,
@@ -94,7 +97,14 @@ enum State {
 /// What a running attempt tells the loop.
 enum Message {
     Event(NodeId, u32, Body),
-    Ended(NodeId, Box<Result<End, AttemptError>>, ActionKey),
+    Ended(NodeId, Box<Result<End, AttemptError>>, Tried),
+}
+
+/// How often a node was tried so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tried {
+    attempts: u32,
+    out_of_memory: u32,
 }
 
 struct Engine<'a> {
@@ -116,8 +126,14 @@ struct Engine<'a> {
     running: usize,
     /// Actions that are queued or run, and the nodes that wait for each beside the one that runs it.
     active: HashMap<ActionKey, Vec<NodeId>>,
-    /// What earlier runs took, and the longest path that follows from it; asked for when something has to run.
+    /// What earlier runs took, and the longest path that follows from it.
+    /// Made when the first node is queued: a run in which everything is cached needs none.
     outlook: Option<Outlook>,
+    /// Nodes that other processes work on.
+    elsewhere: Vec<NodeId>,
+    /// What running nodes were given.
+    leases: HashMap<NodeId, Lease>,
+    tried: HashMap<NodeId, Tried>,
     error: Option<RunError>,
     sender: mpsc::UnboundedSender<Message>,
 }
@@ -168,6 +184,9 @@ pub fn run(
         started: Instant::now(),
         running: 0,
         active: HashMap::new(),
+        elsewhere: Vec::new(),
+        leases: HashMap::new(),
+        tried: HashMap::new(),
         error: None,
         sender,
     };
@@ -180,10 +199,10 @@ pub fn run(
     engine.finish(&names)
 }
 
-/// How long things are expected to take, in seconds, by what the store remembers.
+/// What things are expected to need, by what the store remembers.
 struct Outlook {
-    estimates: Vec<Option<f64>>,
-    /// The longest path from a node to an end of the graph: those go first.
+    measured: Vec<Option<Measured>>,
+    /// The longest path from a node to an end of the graph, in seconds: those go first.
     remaining: Vec<f64>,
 }
 
@@ -193,17 +212,20 @@ impl Outlook {
     /// In larger graphs, asking for every stage costs more than a better order gains.
     const LARGE: usize = 500;
 
-    fn new(store: &Store, work: &Work) -> Self {
+    fn new(store: &Store, work: &Work, machine: &Machine) -> Self {
         let ask = work.nodes.len() <= Self::LARGE;
-        let hint = |label: &str| store.duration_hint(label).map(|milliseconds| milliseconds as f64 / 1e3);
-        let estimates: Vec<Option<f64>> =
-            work.nodes.iter().map(|node| if ask { hint(&node.label) } else { None }).collect();
-        let mut remaining = vec![0.0f64; work.nodes.len()];
+        let measured: Vec<Option<Measured>> =
+            (0..work.nodes.len()).map(|id| ask.then(|| Measured::of(store, work.stage(id), machine))).collect();
+        let mut outlook = Self { measured, remaining: vec![0.0f64; work.nodes.len()] };
         for id in (0..work.nodes.len()).rev() {
-            let behind = work.nodes[id].dependents.iter().map(|&d| remaining[d]).fold(0.0, f64::max);
-            remaining[id] = estimates[id].unwrap_or(Self::UNKNOWN) + behind;
+            let behind = work.nodes[id].dependents.iter().map(|&d| outlook.remaining[d]).fold(0.0, f64::max);
+            outlook.remaining[id] = outlook.estimate(id).unwrap_or(Self::UNKNOWN) + behind;
         }
-        Self { estimates, remaining }
+        outlook
+    }
+
+    fn estimate(&self, id: NodeId) -> Option<f64> {
+        self.measured[id].as_ref().map(|measured| measured.seconds).filter(|seconds| *seconds > 0.0)
     }
 }
 
@@ -217,15 +239,15 @@ impl Engine<'_> {
         self.settle();
         loop {
             self.start_what_fits();
-            let poll = self.dispatcher.waits_for_others() && self.may_start();
+            let poll = (self.dispatcher.waits_for_others() || !self.elsewhere.is_empty()) && self.may_start();
             if self.running == 0 && !poll {
                 break;
             }
             tokio::select! {
-                () = tokio::time::sleep(Dispatcher::POLL), if poll => {}
+                () = tokio::time::sleep(Dispatcher::POLL), if poll => self.look_elsewhere(),
                 message = messages.recv() => match message {
                     Some(Message::Event(id, attempt, body)) => self.emit(Some(id), Some(attempt), body),
-                    Some(Message::Ended(id, end, key)) => self.ended(id, *end, key),
+                    Some(Message::Ended(id, end, tried)) => self.ended(id, *end, tried),
                     None => break,
                 },
                 Some(stop) = stops.recv() => {
@@ -296,23 +318,69 @@ impl Engine<'_> {
                     self.states[id] = State::Twin;
                     return;
                 }
-                let outlook = self.outlook.get_or_insert_with(|| Outlook::new(&self.workshop.store, self.work));
-                let task = Task {
-                    id: TaskId(id),
-                    request: self.work.stage(id).resources.into(),
-                    priority: outlook.remaining[id],
-                    estimate: outlook.estimates[id],
-                };
-                if let Err(unfit) = self.dispatcher.add(task) {
-                    let message = unfit.to_string();
-                    return self
-                        .fail(id, AttemptFailure { failure: Failure::WrongInput, message, help: None, tail: vec![] });
-                }
                 self.active.insert(action.key, Vec::new());
-                self.emit(Some(id), None, Body::Queued { reason, estimate: task.estimate });
-                self.states[id] = State::Queued(Box::new(action));
+                if self.queue(id, Box::new(action)) {
+                    let estimate = self.outlook().estimate(id);
+                    self.emit(Some(id), None, Body::Queued { reason, estimate });
+                }
             }
         }
+    }
+
+    /// Lets a node wait for devices. Whether it can ever have what it needs; if not, it has failed.
+    fn queue(&mut self, id: NodeId, action: Box<Action>) -> bool {
+        let stage = self.work.stage(id);
+        let outlook = self.outlook();
+        let (priority, estimate) = (outlook.remaining[id], outlook.estimate(id));
+        let measured = outlook.measured[id].clone();
+        let request = match measured {
+            Some(measured) => measured.request(stage, self.dispatcher.machine()),
+            None => stage.resources.into(),
+        };
+        let (key, task) = (action.key, Task { id: TaskId(id), request, priority, estimate });
+        self.states[id] = State::Queued(action);
+        let added = self.dispatcher.add(task);
+        if let Err(unfit) = &added {
+            self.unfit(id, unfit, key);
+        }
+        added.is_ok()
+    }
+
+    fn outlook(&mut self) -> &mut Outlook {
+        let (store, work, machine) = (&self.workshop.store, self.work, self.dispatcher.machine());
+        self.outlook.get_or_insert_with(|| Outlook::new(store, work, machine))
+    }
+
+    fn unfit(&mut self, id: NodeId, unfit: &Unfit, key: ActionKey) {
+        let message = unfit.to_string();
+        self.fail(id, AttemptFailure { failure: Failure::WrongInput, message, help: None, tail: vec![] });
+        self.release_twins(key);
+    }
+
+    /// Nodes that wait for the one that did their work decide for themselves.
+    fn release_twins(&mut self, key: ActionKey) {
+        for twin in self.active.remove(&key).unwrap_or_default() {
+            self.states[twin] = State::Waiting;
+            self.open.push(twin);
+        }
+    }
+
+    /// Looks whether other processes have done with what we wait for: then it is decided anew.
+    fn look_elsewhere(&mut self) {
+        for id in std::mem::take(&mut self.elsewhere) {
+            let State::Elsewhere(action) = &self.states[id] else { continue };
+            let key = action.key;
+            match self.workshop.store.try_lock_action(&key) {
+                Ok(None) => self.elsewhere.push(id),
+                Ok(Some(_)) => {
+                    self.states[id] = State::Waiting;
+                    self.open.push(id);
+                    self.release_twins(key);
+                }
+                Err(error) => return self.give_up(error.into()),
+            }
+        }
+        self.settle();
     }
 
     /// Nothing has happened after which no further stage may start.
@@ -324,35 +392,66 @@ impl Engine<'_> {
         if !self.may_start() {
             return;
         }
-        match self.dispatcher.start() {
-            Ok(starts) => {
-                for start in starts {
-                    self.start(start.id.0, start.lease);
-                }
+        loop {
+            let starts = match self.dispatcher.start() {
+                Ok(starts) => starts,
+                Err(error) => return self.give_up(error.into()),
+            };
+            let mut given_back = false;
+            for start in starts {
+                given_back |= !self.start(start.id.0, start.lease);
             }
-            Err(error) => self.give_up(error.into()),
+            if !given_back {
+                return;
+            }
         }
     }
 
-    fn start(&mut self, id: NodeId, lease: Lease) {
-        let State::Queued(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return };
+    /// Starts a node, unless another process works on the same action: then its lease goes back.
+    fn start(&mut self, id: NodeId, lease: Lease) -> bool {
+        let State::Queued(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return true };
         let key = action.key;
-        self.states[id] = State::Running;
+        let lock = match self.workshop.store.try_lock_action(&key) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => {
+                self.states[id] = State::Elsewhere(action);
+                self.elsewhere.push(id);
+                if let Err(error) = self.dispatcher.finish(TaskId(id)) {
+                    self.give_up(error.into());
+                }
+                let who = self.workshop.store.lock_holder(&key).map(|holder| holder.process);
+                let who = who.map_or("another process".into(), |p| format!("process {} on {}", p.pid, p.host));
+                let message = format!("waits for {who}, which does the same");
+                self.emit(Some(id), None, Body::Log { level: LogLevel::Info, message });
+                return false;
+            }
+            Err(error) => {
+                self.give_up(error.into());
+                return true;
+            }
+        };
+        self.states[id] = State::Running(action.clone());
         self.running += 1;
         let job = self.job(id, *action);
-        let policy = RetryPolicy { retries: Some(self.work.stage(id).retries).filter(|&r| r > 0), shrinks: false };
+        let stage = self.work.stage(id);
+        let shrinks = stage.kind.shrinks();
+        let policy = RetryPolicy { retries: Some(stage.retries).filter(|&r| r > 0), shrinks };
+        let learnt = self.outlook().measured[id].as_ref().map_or(0, |measured| measured.out_of_memory);
+        let mut tried = *self.tried.entry(id).or_insert(Tried { attempts: 0, out_of_memory: learnt });
+        let shares = lease.gpu_memory.is_some() && !lease.gpus.is_empty();
         let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
         let logs: Vec<PathBuf> =
-            (1..=policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
+            (1..=tried.attempts + policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
         let machine = self.dispatcher.machine();
         let leased = Leased { cpus: lease.cpus as usize, gpus: machine.visible_devices(&lease) };
         let devices = machine.names(&lease);
+        self.leases.insert(id, lease);
         tokio::task::spawn_local(async move {
-            let mut out_of_memory = 0;
-            let mut number = 0;
+            let _lock = lock;
             let end = loop {
-                let log = &logs[(number as usize).min(logs.len() - 1)];
-                number += 1;
+                let log = &logs[(tried.attempts as usize).min(logs.len() - 1)];
+                tried.attempts += 1;
+                let number = tried.attempts;
                 let say = |body| {
                     let _ = sender.send(Message::Event(id, number, body));
                 };
@@ -362,24 +461,37 @@ impl Engine<'_> {
                         say(body);
                     }
                 };
-                let end = workshop
-                    .attempt(&job, &Trial { number, out_of_memory, log }, &leased, stop.clone(), &mut pass_on)
-                    .await;
+                let trial = Trial { number, out_of_memory: tried.out_of_memory, log };
+                let end = workshop.attempt(&job, &trial, &leased, stop.clone(), &mut pass_on).await;
                 let Ok(End::Failed { failure, duration }) = &end else { break end };
-                let Retry::After(pause) = policy.decide(failure.failure, number) else { break end };
+                let (failure, duration) = (failure.clone(), *duration);
                 if *stop.borrow() != Stop::No {
                     break end;
                 }
-                out_of_memory += u32::from(failure.failure == Failure::OutOfMemory);
-                say(Body::failed(failure.clone(), *duration, Some(pause)));
+                let lost = gone(&leased.gpus, failure.failure).await;
+                let out_of_memory = failure.failure == Failure::OutOfMemory;
+                let retry = policy.decide(failure.failure, number);
+                // A share that was too small says nothing about the whole GPU; a GPU that is gone, nothing of the stage.
+                if (!lost.is_empty() && number < MOST_ATTEMPTS) || (out_of_memory && shares) {
+                    tried.out_of_memory += u32::from(out_of_memory && shrinks);
+                    break Ok(End::Again { failure, duration, lost });
+                }
+                let Retry::After(pause) = retry else { break end };
+                tried.out_of_memory += u32::from(out_of_memory);
+                if out_of_memory && !leased.gpus.is_empty() {
+                    // Others may use the devices meanwhile.
+                    break Ok(End::Again { failure, duration, lost });
+                }
+                say(Body::failed(failure, duration, Some(pause)));
                 let mut stopped = stop.clone();
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     _ = stopped.wait_for(|s| *s != Stop::No) => {}
                 }
             };
-            let _ = sender.send(Message::Ended(id, Box::new(end), key));
+            let _ = sender.send(Message::Ended(id, Box::new(end), tried));
         });
+        true
     }
 
     fn job(&self, id: NodeId, action: Action) -> Job {
@@ -417,17 +529,24 @@ impl Engine<'_> {
         }
     }
 
-    fn ended(&mut self, id: NodeId, end: Result<End, AttemptError>, key: ActionKey) {
+    fn ended(&mut self, id: NodeId, end: Result<End, AttemptError>, tried: Tried) {
         self.running -= 1;
+        let State::Running(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return };
+        let key = action.key;
+        self.tried.insert(id, tried);
         if let Err(error) = self.dispatcher.finish(TaskId(id)) {
             self.give_up(error.into());
         }
         match end {
             Ok(End::Published { record, duration }) => {
-                let milliseconds = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-                self.workshop.store.remember_duration(&self.work.nodes[id].label, milliseconds);
-                let body = Body::Finished { seconds: duration.as_secs_f64(), peak_memory: record.peak_memory };
-                self.emit(Some(id), None, body);
+                let seconds = duration.as_secs_f64();
+                let (peak_memory, peak_gpu_memory) = (record.peak_memory, record.peak_gpu_memory);
+                self.learn(id, |measured| {
+                    (measured.seconds, measured.memory) = (seconds, peak_memory);
+                    measured.gpu_memory = peak_gpu_memory.or(measured.gpu_memory);
+                    measured.out_of_memory = tried.out_of_memory;
+                });
+                self.emit(Some(id), None, Body::Finished { seconds, peak_memory, peak_gpu_memory });
                 self.done(id, Done { key, outputs: record.outputs });
             }
             Ok(End::Reused(outputs)) => {
@@ -441,6 +560,7 @@ impl Engine<'_> {
                     self.fail_after(id, failure, duration);
                 }
             }
+            Ok(End::Again { failure, duration, lost }) => return self.again(id, action, failure, duration, &lost),
             Err(AttemptError::Store(error)) => self.give_up(error.into()),
             Err(error) => {
                 let failure = AttemptFailure {
@@ -452,12 +572,43 @@ impl Engine<'_> {
                 self.fail(id, failure);
             }
         }
-        let twins = self.active.remove(&key).unwrap_or_default();
-        for twin in twins {
-            self.states[twin] = State::Waiting;
-            self.open.push(twin);
-        }
+        self.release_twins(key);
         self.settle();
+    }
+
+    /// An attempt failed for want of a device or of memory on it: it waits again, without what is gone, for more.
+    fn again(&mut self, id: NodeId, action: Box<Action>, failure: AttemptFailure, duration: Duration, lost: &[String]) {
+        let had = self.leases.remove(&id).and_then(|lease| lease.gpu_memory);
+        if failure.failure == Failure::OutOfMemory
+            && let Some(share) = had
+        {
+            self.learn(id, |measured| measured.gpu_too_small = measured.gpu_too_small.max(Some(share)));
+        }
+        self.emit(Some(id), None, Body::failed(failure, duration, Some(Duration::ZERO)));
+        for uuid in lost {
+            let message = format!("{uuid} is gone, so nothing more runs on it");
+            self.emit(Some(id), None, Body::Log { level: LogLevel::Warn, message });
+            for (TaskId(other), unfit) in self.dispatcher.lose(uuid) {
+                if let State::Queued(action) = &self.states[other] {
+                    let key = action.key;
+                    self.unfit(other, &unfit, key);
+                }
+            }
+        }
+        self.queue(id, action);
+        self.settle();
+    }
+
+    /// Adds to what is known of a stage, for the rest of this run and for later ones.
+    fn learn(&mut self, id: NodeId, lesson: impl FnOnce(&mut Measured)) {
+        let (store, machine) = (&self.workshop.store, self.dispatcher.machine());
+        let stage = self.work.stage(id);
+        let mut measured = Measured::of(store, stage, machine);
+        lesson(&mut measured);
+        if let Err(error) = measured.write(store, stage, machine) {
+            tracing::warn!(%error, "what a stage needs is not remembered");
+        }
+        self.outlook().measured[id] = Some(measured);
     }
 
     /// A node has its result: it is shown, and what waited for it is decided.
@@ -528,7 +679,7 @@ impl Engine<'_> {
         let interrupted = *self.stop.1.borrow() != Stop::No;
         let left: Vec<NodeId> = (0..self.states.len())
             .filter(|&id| {
-                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Twin)
+                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Elsewhere(_) | State::Twin)
                     && self.work.nodes[id].permission != Permission::Leave
             })
             .collect();
@@ -547,6 +698,18 @@ impl Engine<'_> {
         let results = self.states.into_iter().map(|s| if let State::Done(done) = s { Some(done) } else { None });
         Ok(Ended { outcome, counts, results: results.collect(), files: self.files })
     }
+}
+
+/// However often devices get lost, a stage is not tried more often than this.
+const MOST_ATTEMPTS: u32 = 10;
+
+/// Of the leased GPUs, those that are gone. Only failures that a lost GPU can explain are worth the question.
+async fn gone(gpus: &[String], failure: Failure) -> Vec<String> {
+    if gpus.is_empty() || matches!(failure, Failure::WrongInput | Failure::Stopped) {
+        return Vec::new();
+    }
+    let gpus = gpus.to_vec();
+    tokio::task::spawn_blocking(move || discover::missing(&gpus)).await.unwrap_or_default()
 }
 
 /// Walks the graph without running anything: what each node would do, and why.

@@ -7,6 +7,7 @@
 //! | `CUDA_VISIBLE_DEVICES` | the lease; empty when no GPU is leased |
 //! | [`THREADS`] | the leased cores |
 //! | `GRLM_ATTEMPT`, `GRLM_SCRATCH` | for programs that save and resume |
+//! | `GRLM_OUT_OF_MEMORY` | how often memory ran out before: for programs that can do with less |
 //! | `env`, `pass_env`, `secrets` | what the pipeline declares; wins over all of the above |
 
 use std::ffi::{OsStr, OsString};
@@ -74,6 +75,7 @@ pub fn environment(
         set(name, spec.threads.to_string().as_ref());
     }
     set("GRLM_ATTEMPT", spec.attempt.to_string().as_ref());
+    set("GRLM_OUT_OF_MEMORY", spec.out_of_memory.to_string().as_ref());
     set("GRLM_SCRATCH", spec.scratch.as_os_str());
     for (name, value) in &spec.env {
         set(name, value.as_ref());

@@ -22,6 +22,8 @@ use tokio::{
     net::{UnixStream, unix::pipe},
 };
 
+use crate::device::sampler::Sampler;
+
 use super::{
     AttemptEnd, AttemptSpec, Redactor, Stop, StopReceiver,
     environment::{environment, redactor},
@@ -108,6 +110,9 @@ impl Launcher {
         let oom_kills = process::kernel_oom_kills();
         let started = Instant::now();
         let (mut worker, mut channel, mut output) = self.start(launch, &redactor)?;
+        let watched = !launch.spec.visible_devices.is_empty();
+        let group = worker.pid.as_raw_nonzero().get().unsigned_abs();
+        let sampler = watched.then(|| Sampler::start(launch.spec.visible_devices.clone(), group));
         let mut lines = Lines { redactor: &redactor, buffer: Vec::with_capacity(512), last: None, peak_memory: None };
 
         let mut asked = Asked::Nothing;
@@ -165,6 +170,7 @@ impl Launcher {
             result: evidence.judge(),
             duration: started.elapsed(),
             peak_memory: lines.peak_memory.unwrap_or(usage.peak_memory),
+            peak_gpu_memory: sampler.as_ref().and_then(Sampler::peak),
             cpu_time: usage.cpu_time,
         })
     }

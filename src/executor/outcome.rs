@@ -13,6 +13,8 @@ pub struct AttemptEnd {
     pub duration: Duration,
     /// The largest resident set of the worker or one of its children, in bytes.
     pub peak_memory: u64,
+    /// The most that they held on one leased GPU, in bytes; `None` if that was not seen.
+    pub peak_gpu_memory: Option<u64>,
     /// Processor time of the worker and its children.
     pub cpu_time: Duration,
 }

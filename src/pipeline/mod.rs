@@ -41,6 +41,7 @@ use serde_json::{Map, Value};
 
 pub use mistake::{PipelineError, PipelineErrors, Place};
 pub use schema::schema;
+pub use spec::read_span;
 pub use template::{SubstituteError, substitute};
 
 use places::Sources;

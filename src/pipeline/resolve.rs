@@ -155,6 +155,7 @@ impl Draft {
         let wanted = &spec.resources;
         let resources = &mut self.resources;
         resources.gpus = wanted.gpus.unwrap_or(resources.gpus);
+        resources.share = wanted.share.unwrap_or(resources.share);
         resources.cpus = wanted.cpus.unwrap_or(resources.cpus);
         resources.memory = wanted.memory.map_or(resources.memory, |m| m.0);
         if let Some(memory) = wanted.gpu_memory {

@@ -105,6 +105,10 @@ pub(crate) struct ResourcesSpec {
     /// Memory needed on each GPU (`40GiB`): several stages may then share one. Without it a GPU is taken whole.
     #[serde(default)]
     pub gpu_memory: Option<Bytes>,
+    /// Without `gpu_memory`: once it was measured how much the stage holds on a GPU, it takes that much and not the
+    /// whole, so that several stages may share one.
+    #[serde(default)]
+    pub share: Option<bool>,
     /// CPU cores, at least 1.
     #[serde(default)]
     pub cpus: Option<u32>,
@@ -151,6 +155,12 @@ pub(crate) struct Bytes(pub u64);
 enum TextOrNumber {
     Text(String),
     Number(f64),
+}
+
+/// `90s`, `10m`, `1h30m`, or a number of seconds; `None` if it is none of these.
+pub fn read_span(text: &str) -> Option<Duration> {
+    let seconds = parse_seconds(text).or_else(|| text.parse().ok())?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 impl<'de> Deserialize<'de> for Span {

@@ -176,7 +176,7 @@ mod tests {
         told(&mut fancy, Some("b"), Body::Progress { done: 5, total: 9, unit: "step".into() });
         let message = fancy.running["b"].bar.message();
         assert!(message.starts_with("5/9 steps, ") && message.ends_with(" left, loss 2.5000"), "{message}");
-        told(&mut fancy, Some("b"), Body::Finished { seconds: 1.0, peak_memory: 1 });
+        told(&mut fancy, Some("b"), Body::Finished { seconds: 1.0, peak_memory: 1, peak_gpu_memory: None });
         assert_eq!(fancy.standing(), "2 of 3 stages: 1 ran, 1 cached");
         told(&mut fancy, Some("c"), Body::Started { cpus: 1, devices: vec![] });
         let end = Body::RunFinished { outcome: Outcome::Interrupted, counts: fancy.counts, seconds: 1.0 };

@@ -73,7 +73,7 @@ pub(super) fn line(event: &Event) -> Option<String> {
         },
         Body::Queued { reason, .. } => format!("{stage}: to run, {reason}"),
         Body::Log { message, .. } => format!("{stage}: {message}"),
-        Body::Finished { seconds, peak_memory } => {
+        Body::Finished { seconds, peak_memory, .. } => {
             let time = human_duration(Duration::from_secs_f64(*seconds));
             format!("{stage}: done in {time}, {}", human_bytes(*peak_memory))
         }

@@ -61,6 +61,7 @@ pub trait StageKind: Send + Sync {
     fn name(&self) -> &'static str;
     fn summary(&self) -> &'static str;
     fn floating_point(&self) -> bool;
+    fn shrinks(&self) -> bool;
     /// The JSON Schema of the parameters, with documentation and defaults.
     fn params_schema(&self) -> Schema;
     /// Reads the `with:` block, fills in defaults and checks it; returns the canonical parameters, with every
@@ -105,6 +106,10 @@ impl<S: Stage> StageKind for Erased<S> {
 
     fn summary(&self) -> &'static str {
         S::SUMMARY
+    }
+
+    fn shrinks(&self) -> bool {
+        S::SHRINKS
     }
 
     fn floating_point(&self) -> bool {

@@ -19,6 +19,9 @@ pub trait Stage: Send + Sync + 'static {
     /// Whether results may differ in their last bits between classes of device. If so, the device class enters
     /// the action key.
     const FLOATING_POINT: bool = false;
+    /// Whether it makes its batches smaller when told that earlier attempts ran out of memory
+    /// ([`StageContext::out_of_memory`]): then it is worth trying again.
+    const SHRINKS: bool = false;
     /// The `with:` block. Every field has a default unless the stage cannot run without it, carries a doc comment
     /// (it becomes the documentation), and the type denies unknown fields.
     type Params: Serialize + DeserializeOwned + JsonSchema + Send + Sync;
@@ -145,6 +148,8 @@ pub struct Resources {
     pub gpus: u32,
     /// Memory needed on each GPU, in bytes; `None` takes the GPU whole.
     pub gpu_memory: Option<u64>,
+    /// Without `gpu_memory`: takes no more of a GPU than it was measured to need, once that is known.
+    pub share: bool,
     /// CPU cores; the stage must not use more threads than it was leased.
     pub cpus: u32,
     /// Host memory, in bytes; 0 is not accounted for.
@@ -153,7 +158,7 @@ pub struct Resources {
 
 impl Default for Resources {
     fn default() -> Self {
-        Self { gpus: 0, gpu_memory: None, cpus: 1, memory: 0 }
+        Self { gpus: 0, gpu_memory: None, share: false, cpus: 1, memory: 0 }
     }
 }
 

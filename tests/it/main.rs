@@ -1,6 +1,8 @@
 //! End to end: the real `grlm`, in an empty environment. Logic is tested where it lives; here, the wiring.
 
 mod cached;
+mod concurrent;
+mod devices;
 mod disks;
 mod environment;
 mod errors;
@@ -9,5 +11,6 @@ mod partial;
 mod pipelines;
 mod robust;
 mod store;
+mod torture;
 mod variants;
 mod worker;

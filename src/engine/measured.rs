@@ -1,0 +1,87 @@
+//! What stages were measured to need: how long they took, how much memory they held, and what they learnt the hard way
+//! when memory ran out. Small files under `measured/` in the store; losing one loses experience, no results.
+//!
+//! | learnt | used for |
+//! |---|---|
+//! | seconds | the order of stages, the time left, `grlm plan --devices` |
+//! | memory held on a GPU | the share of a stage that may share (`resources.share`) and says no `gpu_memory` |
+//! | shares that were too small | a larger share, at last the whole GPU |
+//! | how often it had to shrink | its first attempt begins that small |
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use grlm_cache::{Digest, Store};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    device::{Machine, Request},
+    pipeline::Stage,
+};
+
+/// The experience with one stage: one kind, with these parameters, on GPUs of this size.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Of the last attempt that succeeded.
+    #[serde(default)]
+    pub seconds: f64,
+    /// The largest resident set, in bytes.
+    #[serde(default)]
+    pub memory: u64,
+    /// The most held on one GPU, in bytes; `None` if it was not seen.
+    #[serde(default)]
+    pub gpu_memory: Option<u64>,
+    /// The largest share of a GPU in which it ran out of memory.
+    #[serde(default)]
+    pub gpu_too_small: Option<u64>,
+    /// How often it made its batches smaller before it fitted.
+    #[serde(default)]
+    pub out_of_memory: u32,
+}
+
+impl Measured {
+    /// Nothing, if the stage never ran here.
+    pub fn of(store: &Store, stage: &Stage, machine: &Machine) -> Self {
+        let read = |path: PathBuf| serde_json::from_slice(&fs::read(path).ok()?).ok();
+        read(path(store, stage, machine)).unwrap_or_default()
+    }
+
+    /// # Errors
+    /// No space, no permission.
+    pub fn write(&self, store: &Store, stage: &Stage, machine: &Machine) -> io::Result<()> {
+        let path = path(store, stage, machine);
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
+        let mut staged = tempfile::NamedTempFile::new_in(folder)?;
+        serde_json::to_writer(&mut staged, self)?;
+        staged.persist(path)?;
+        Ok(())
+    }
+
+    /// What to ask for: a stage that may share a GPU asks for what it was measured to hold and a bit more, for more than
+    /// was too little, and for the whole GPU if that is not known.
+    pub fn request(&self, stage: &Stage, machine: &Machine) -> Request {
+        let mut request = Request::from(stage.resources);
+        if stage.resources.share && request.gpu_memory.is_none() && request.gpus > 0 {
+            request.gpu_memory = self.gpu_memory.map(|held| held + held / 8 + SLACK);
+        }
+        if let (Some(share), Some(too_small)) = (request.gpu_memory, self.gpu_too_small)
+            && share <= too_small
+        {
+            let largest = machine.gpus.iter().map(|gpu| gpu.memory).max().unwrap_or(0);
+            request.gpu_memory = Some(too_small.saturating_mul(2)).filter(|share| *share < largest);
+        }
+        request
+    }
+}
+
+/// A context and libraries take this much before a measurement sees any of it.
+const SLACK: u64 = 512 << 20;
+
+fn path(store: &Store, stage: &Stage, machine: &Machine) -> PathBuf {
+    let gpu = if stage.resources.gpus > 0 { machine.gpus.iter().map(|gpu| gpu.memory).max() } else { None };
+    let text = format!("{}\n{}\n{}\n{gpu:?}", stage.name, stage.kind.name(), stage.params);
+    store.root().join("measured").join(format!("{}.json", &Digest::of(text.as_bytes()).hex()[..32]))
+}

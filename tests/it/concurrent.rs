@@ -1,0 +1,97 @@
+//! Several `grlm` at once on one empty store: counted, not timed.
+
+use std::{
+    fs::File,
+    process::{Child, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::environment::Environment;
+
+/// A preparation, two branches that share it, and an end that depends on the variant.
+const SHARED: &str = r#"
+name: shared
+vars: { n: 0 }
+stages:
+  prepare:
+    uses: command
+    with: { run: "echo prepare >> journal; sleep 0.2; echo prepared > ${outputs.out}" }
+    outputs: { out: p.txt }
+  left:
+    uses: command
+    inputs: { p: prepare }
+    with: { run: "echo left >> journal; sleep 0.2; cat ${inputs.p} > ${outputs.out}; echo left >> ${outputs.out}" }
+    outputs: { out: l.txt }
+  right:
+    uses: command
+    inputs: { p: prepare }
+    with: { run: "echo right >> journal; sleep 0.2; cat ${inputs.p} > ${outputs.out}; echo right >> ${outputs.out}" }
+    outputs: { out: r.txt }
+  end:
+    uses: command
+    inputs: { l: left, r: right }
+    with: { run: "echo end ${vars.n} >> journal; cat ${inputs.l} ${inputs.r} > ${outputs.out}; echo ${vars.n} >> ${outputs.out}" }
+    outputs: { out: e.txt }
+variants:
+  n: { matrix: { vars.n: [1, 2, 3, 4, 5, 6, 7, 8] } }
+"#;
+
+fn all_succeed(commands: Vec<Command>) {
+    let children: Vec<Child> = commands.into_iter().map(|mut command| command.spawn().unwrap()).collect();
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn eight_runs_of_one_pipeline_compute_each_action_once() {
+    let env = Environment::new();
+    env.write("shared.yaml", SHARED);
+    all_succeed((0..8).map(|_| env.command(&["run", "shared.yaml", "--quiet"])).collect());
+    assert_eq!(env.ran(), ["end 0", "left", "prepare", "right"]);
+    assert_eq!(env.read("out/shared/end/e.txt"), "prepared\nleft\nprepared\nright\n0\n");
+}
+
+#[test]
+fn eight_variants_compute_what_they_share_once() {
+    let env = Environment::new();
+    env.write("shared.yaml", SHARED);
+    let cell = |n: usize| format!("n[vars.n={n}]");
+    all_succeed((1..=8).map(|n| env.command(&["run", "shared.yaml", "--quiet", "--variant", &cell(n)])).collect());
+    let mut wanted: Vec<String> = (1..=8).map(|n| format!("end {n}")).collect();
+    wanted.extend(["left", "prepare", "right"].map(str::to_owned));
+    assert_eq!(env.ran(), wanted);
+}
+
+#[test]
+fn who_waits_says_for_whom_and_holds_no_devices() {
+    let env = Environment::new();
+    // The stage ends once another run has done something: on two cores only if the one that waits holds none.
+    let wait =
+        "i=0; while [ ! -e solo ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i+1)); done; test -e solo && echo prepared";
+    env.write("shared.yaml", &SHARED.replace("sleep 0.2; echo prepared", wait));
+    env.write(
+        "solo.yaml",
+        "name: solo\nstages:\n  s:\n    uses: command\n    with: { run: \"touch solo; echo s > ${outputs.out}\" }\n    outputs: { out: s.txt }\n",
+    );
+    let first = env.command(&["run", "shared.yaml", "--quiet"]).spawn().unwrap();
+    let holder = first.id();
+    let patience = |done: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(60), "it never came to that");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    patience(&|| env.path("journal").exists());
+    let said = File::create(env.path("said")).unwrap();
+    let waiter = env.command(&["run", "shared.yaml"]).stderr(said).spawn().unwrap();
+    patience(&|| env.read("said").contains(&format!("waits for process {holder} on ")));
+    env.ok(&["run", "solo.yaml"]);
+    for child in [first, waiter] {
+        assert!(child.wait_with_output().unwrap().status.success());
+    }
+    assert_eq!(env.ran(), ["end 0", "left", "prepare", "right"]);
+}
