@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{kernels::with_simd, layout::Layout};
+use super::{kernels::with_simd, layout::Tensor};
 
 /// Elements that one task updates.
 const BLOCK: usize = 1 << 14;
@@ -38,15 +38,17 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    pub fn new(layout: &Layout, options: AdamWOptions) -> Self {
+    /// For weights that lie one after another as `tensors` say.
+    pub fn new(tensors: &[Tensor], options: AdamWOptions) -> Self {
         let mut decays: Vec<(Range<usize>, bool)> = Vec::new();
-        for tensor in &layout.tensors {
+        for tensor in tensors {
             match decays.last_mut() {
                 Some((range, decay)) if *decay == tensor.is_matrix() => range.end = tensor.range.end,
                 _ => decays.push((tensor.range.clone(), tensor.is_matrix())),
             }
         }
-        Self { options, decays, first: vec![0.0; layout.len], second: vec![0.0; layout.len], steps: 0 }
+        let len = decays.last().map_or(0, |(range, _)| range.end);
+        Self { options, decays, first: vec![0.0; len], second: vec![0.0; len], steps: 0 }
     }
 
     /// Takes one step, sets `gradients` to zero, and returns their norm before clipping. If that is not finite
@@ -146,14 +148,15 @@ fn norm(gradients: &[f32]) -> f64 {
 mod tests {
     use super::*;
 
+    fn tensor(shape: Vec<usize>, range: Range<usize>) -> Tensor {
+        Tensor { name: String::new(), shape, range }
+    }
+
     /// Three steps of the textbook formulas in double precision.
     #[test]
     fn steps_agree_with_the_formulas() {
-        let layout =
-            Layout { tensors: Vec::new(), embedding: 0..0, layers: Vec::new(), final_norm: 0..0, head: 0..0, len: 3 };
         let options = AdamWOptions::default();
-        let mut adam = AdamW::new(&layout, options);
-        adam.decays = vec![(0..2, true), (2..3, false)];
+        let mut adam = AdamW::new(&[tensor(vec![1, 2], 0..2), tensor(vec![1], 2..3)], options);
         let mut weights = [0.5f32, -1.0, 2.0];
         let (mut w, mut m, mut v) = ([0.5f64, -1.0, 2.0], [0.0f64; 3], [0.0f64; 3]);
         for t in 1..=3 {
@@ -180,9 +183,7 @@ mod tests {
 
     #[test]
     fn gradients_that_are_not_finite_change_nothing() {
-        let layout =
-            Layout { tensors: Vec::new(), embedding: 0..0, layers: Vec::new(), final_norm: 0..0, head: 0..0, len: 1 };
-        let mut adam = AdamW::new(&layout, AdamWOptions::default());
+        let mut adam = AdamW::new(&[tensor(vec![1], 0..1)], AdamWOptions::default());
         let mut weights = [1.0];
         assert!(adam.step(&mut weights, &mut [f32::NAN], 0.1).is_nan());
         assert_eq!((weights, adam.steps), ([1.0], 0));

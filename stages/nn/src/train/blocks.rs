@@ -34,8 +34,8 @@ pub fn rms_norm(y: &mut [f32], inverse: &mut [f32], x: &[f32], w: &[f32], eps: f
     );
 }
 
-/// Adds the gradients of [`rms_norm`] to `dx` and `dw`.
-pub fn rms_norm_grad(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], inverse: &[f32]) {
+/// Adds the gradients of [`rms_norm`] to `dx` and, where the norm's weights are not frozen, to `dw`.
+pub fn rms_norm_grad(dx: &mut [f32], dw: Option<&mut [f32]>, dy: &[f32], x: &[f32], w: &[f32], inverse: &[f32]) {
     let n = w.len();
     let partial: Vec<Vec<f32>> = dx
         .par_chunks_mut(ROWS * n)
@@ -56,7 +56,9 @@ pub fn rms_norm_grad(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &
             dw
         })
         .collect();
-    add_all(dw, &partial);
+    if let Some(dw) = dw {
+        add_all(dw, &partial);
+    }
 }
 
 fn add_all(sum: &mut [f32], parts: &[Vec<f32>]) {
@@ -256,6 +258,21 @@ pub fn apply_dropout(out: &mut [f32], x: &[f32], dropout: Option<Dropout>) {
             || {
                 for (i, (o, x)) in out.iter_mut().zip(x).enumerate() {
                     *o = x * dropout.factor((block * BLOCK + i) as u32);
+                }
+            },
+        );
+    });
+}
+
+/// `out += x · dropout`.
+pub fn add_dropped(out: &mut [f32], x: &[f32], dropout: Option<Dropout>) {
+    const BLOCK: usize = 1 << 13;
+    out.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).enumerate().for_each(|(block, (out, x))| {
+        with_simd(
+            #[inline(always)]
+            || {
+                for (i, (o, x)) in out.iter_mut().zip(x).enumerate() {
+                    *o += x * dropout.map_or(1.0, |d| d.factor((block * BLOCK + i) as u32));
                 }
             },
         );

@@ -11,10 +11,11 @@ use super::{
 /// Numbers of logits that are held at once (4 MiB: they stay in the cache between products).
 const CHUNK: usize = 1 << 20;
 
-/// Gradients to fill: `d_hidden` (`[targets, hidden]`) is overwritten, `d_head` (`[vocabulary, hidden]`) added to.
+/// Gradients to fill: `d_hidden` (`[targets, hidden]`) is overwritten, `d_head` (`[vocabulary, hidden]`) added to
+/// unless the head is frozen.
 pub struct Gradients<'a> {
     pub d_hidden: &'a mut [f32],
-    pub d_head: &'a mut [f32],
+    pub d_head: Option<&'a mut [f32]>,
     /// What each target's loss is multiplied by.
     pub scale: f32,
 }
@@ -54,7 +55,9 @@ pub fn cross_entropy(
         if let Some(g) = &mut gradients {
             let d_logits = view(logits, rows, vocabulary);
             matmul(&mut g.d_hidden[at], d_logits, head, 1.0, false, Threads::Pool);
-            matmul(g.d_head, d_logits.t(), hidden, 1.0, true, Threads::Pool);
+            if let Some(d_head) = &mut g.d_head {
+                matmul(d_head, d_logits.t(), hidden, 1.0, true, Threads::Pool);
+            }
         }
     }
     total

@@ -30,6 +30,13 @@ impl View<'_> {
             data: self.data,
         }
     }
+
+    /// Some of the columns of a row-major view.
+    pub fn columns(self, first: usize, count: usize) -> Self {
+        assert!(self.col_stride == 1 && first + count <= self.cols, "columns beyond the end");
+        let data = if self.rows == 0 { self.data } else { &self.data[first..] };
+        Self { data, cols: count, ..self }
+    }
 }
 
 /// Who computes a product.
@@ -43,12 +50,33 @@ pub enum Threads {
 
 /// `c = alpha · a · b`, or `c += alpha · a · b` with `accumulate`; `c` is contiguous and row-major.
 pub fn matmul(c: &mut [f32], a: View<'_>, b: View<'_>, alpha: f32, accumulate: bool, threads: Threads) {
+    let n = b.cols;
+    product(c, n, a, b, alpha, accumulate, threads);
+}
+
+/// Adds `alpha · a · b` to the columns from `first` on of `c`, whose rows are `width` wide.
+pub fn matmul_columns(
+    c: &mut [f32],
+    width: usize,
+    first: usize,
+    a: View<'_>,
+    b: View<'_>,
+    alpha: f32,
+    threads: Threads,
+) {
+    assert!(first + b.cols <= width, "columns beyond the end");
+    if a.rows > 0 {
+        product(&mut c[first..], width, a, b, alpha, true, threads);
+    }
+}
+
+fn product(c: &mut [f32], stride: usize, a: View<'_>, b: View<'_>, alpha: f32, accumulate: bool, threads: Threads) {
     assert_eq!(a.cols, b.rows, "inner dimensions differ");
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    assert!(c.len() >= m * n, "the result has no room");
     if m == 0 || n == 0 {
         return;
     }
+    assert!(c.len() >= (m - 1) * stride + n, "the result has no room");
     let parallelism = match threads {
         Threads::Pool if rayon::current_num_threads() > 1 => gemm::Parallelism::Rayon(rayon::current_num_threads()),
         _ => gemm::Parallelism::None,
@@ -62,7 +90,7 @@ pub fn matmul(c: &mut [f32], a: View<'_>, b: View<'_>, alpha: f32, accumulate: b
             k,
             c.as_mut_ptr(),
             1,
-            n as isize,
+            stride as isize,
             accumulate,
             a.data.as_ptr(),
             a.col_stride as isize,
@@ -94,5 +122,13 @@ mod tests {
         let mut d = [1.0; 4];
         matmul(&mut d, view(&b, 3, 2).t(), view(&a, 2, 3).t(), 2.0, true, Threads::Pool);
         assert_eq!(d, [11.0, 29.0, 23.0, 47.0]);
+    }
+
+    #[test]
+    fn products_of_some_columns_into_some_columns() {
+        let a = [9.0, 1.0, 2.0, 9.0, 3.0, 4.0]; // columns 1 and 2 are [[1, 2], [3, 4]]
+        let mut c = [1.0; 6];
+        matmul_columns(&mut c, 3, 2, view(&a, 2, 3).columns(1, 2), view(&[1.0, 10.0], 2, 1), 1.0, Threads::One);
+        assert_eq!(c, [1.0, 1.0, 22.0, 1.0, 1.0, 44.0]);
     }
 }

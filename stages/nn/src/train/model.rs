@@ -5,15 +5,16 @@
 //! by hand, block by block; every block is checked against finite differences. What a layer needs for
 //! it is kept on a tape whose memory is reused from batch to batch.
 
+use std::borrow::Cow;
+
 use super::{
-    attention::{self, Heads},
-    blocks::{
-        HeadNorms, Rotary, activation, activation_grad, add_branch, apply_dropout, merge_heads, rms_norm,
-        rms_norm_grad, split_heads, split_heads_grad, unmerge_heads,
-    },
+    attention::Heads,
+    blocks::{Rotary, apply_dropout, rms_norm, rms_norm_grad},
     cross_entropy::{self, cross_entropy},
     kernels::Dropout,
-    layout::{LayerRanges, Layout},
+    layer::{Adapted, Layer, Scratch, Sink, Tape, size},
+    layout::{LayerRanges, Layout, Tensor},
+    lora::{self, Adapters, LoraOptions},
     matrix::{Threads, matmul, view},
 };
 use crate::qwen3::Config;
@@ -56,29 +57,14 @@ pub struct DropoutRates {
     pub seed: u64,
 }
 
-/// What one layer keeps for its backward pass.
-#[derive(Default)]
-struct Tape {
-    x: Vec<f32>,
-    norm1: Vec<f32>,
-    inverse1: Vec<f32>,
-    qkv: Vec<f32>,
-    heads: Vec<f32>,
-    attended: Vec<f32>,
-    log_sums: Vec<f32>,
-    merged: Vec<f32>,
-    x2: Vec<f32>,
-    norm2: Vec<f32>,
-    inverse2: Vec<f32>,
-    gate_up: Vec<f32>,
-    active: Vec<f32>,
-}
-
 /// Memory for one batch, reused from batch to batch.
 #[derive(Default)]
 struct Workspace {
+    /// One for each layer; under recomputation only one, and each layer's input in `inputs`.
     tapes: Vec<Tape>,
+    inputs: Vec<Vec<f32>>,
     x: Vec<f32>,
+    again: Vec<f32>,
     normed: Vec<f32>,
     inverse: Vec<f32>,
     branch: Vec<f32>,
@@ -90,20 +76,36 @@ struct Workspace {
     d_wide: Vec<f32>,
     d_heads: Vec<f32>,
     d_attended: Vec<f32>,
+    lora: lora::Scratch,
 }
 
-/// A Qwen3's weights, and the memory to train them.
+/// A Qwen3's weights, adapters beside them if there are any, and the memory to train them.
 pub struct Model {
     config: Config,
     layout: Layout,
     heads: Heads,
     rotary: Rotary,
     pub weights: Vec<f32>,
+    adapters: Option<Adapters>,
+    recompute: bool,
     work: Workspace,
 }
 
-fn size(buffer: &mut Vec<f32>, len: usize) {
-    buffer.resize(len, 0.0);
+/// Dropout while a batch is computed: none outside training.
+#[derive(Clone, Copy)]
+struct Mode {
+    rates: Option<DropoutRates>,
+}
+
+impl Mode {
+    /// Where dropout is applied: 0 is the embedding, then two branches a layer.
+    fn site(self, site: usize) -> Option<Dropout> {
+        self.rates.and_then(|rates| Dropout::new(rates.residual, rates.seed, site as u64))
+    }
+
+    fn seed(self) -> Option<u64> {
+        self.rates.map(|rates| rates.seed)
+    }
 }
 
 impl Model {
@@ -116,9 +118,19 @@ impl Model {
         assert_eq!(weights.len(), layout.len, "weights must have the layout's length");
         let heads = Heads { kv: config.kv_heads, group: config.group(), dim: config.head_dim };
         let rotary = Rotary::new(context, config.head_dim, config.rope_theta);
-        let mut work = Workspace::default();
-        work.tapes.resize_with(config.layers, Tape::default);
-        Self { config, layout, heads, rotary, weights, work }
+        let work = Workspace::default();
+        Self { config, layout, heads, rotary, weights, adapters: None, recompute: false, work }
+    }
+
+    /// Keeps only each layer's input for the backward pass, and computes the rest again there: about a third more
+    /// work, and the same gradients to the bit.
+    pub fn recompute(&mut self, recompute: bool) {
+        self.recompute = recompute;
+    }
+
+    /// Freezes the weights and puts adapters beside them.
+    pub fn adapt(&mut self, options: &LoraOptions) {
+        self.adapters = Some(Adapters::new(&self.config, &self.layout, options));
     }
 
     pub fn config(&self) -> &Config {
@@ -134,16 +146,43 @@ impl Model {
         self.rotary.positions()
     }
 
+    /// What is trained: the adapters where there are any, else all weights.
+    pub fn trainable(&self) -> &[f32] {
+        self.adapters.as_ref().map_or(&self.weights, |a| &a.values)
+    }
+
+    pub fn trainable_mut(&mut self) -> &mut [f32] {
+        self.adapters.as_mut().map_or(&mut self.weights, |a| &mut a.values)
+    }
+
+    /// Names, shapes and places of what is trained.
+    pub fn trainable_tensors(&self) -> &[Tensor] {
+        self.adapters.as_ref().map_or(&self.layout.tensors, |a| &a.tensors)
+    }
+
+    /// The weights of a plain model that computes the same: adapters merged into their matrices.
+    pub fn merged(&self) -> Cow<'_, [f32]> {
+        match &self.adapters {
+            None => Cow::Borrowed(&self.weights),
+            Some(adapters) => {
+                let mut weights = self.weights.clone();
+                adapters.merge_into(&mut weights);
+                Cow::Owned(weights)
+            }
+        }
+    }
+
     /// The sum of the losses of all targets, without gradients or dropout.
     pub fn loss(&mut self, batch: &Batch) -> f64 {
-        self.forward(batch, DropoutRates::default());
+        self.forward(batch, Mode { rates: None });
         self.select(batch);
         let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
         let head = &self.weights[self.layout.head.clone()];
         cross_entropy(&self.work.selected, head, self.config.hidden_size, &targets, &mut self.work.logits, None)
     }
 
-    /// The sum of the losses of all targets; adds `scale` times its gradient to `gradients`.
+    /// The sum of the losses of all targets; adds `scale` times its gradient with respect to what is trained to
+    /// `gradients`.
     pub fn loss_and_gradients(
         &mut self,
         batch: &Batch,
@@ -151,7 +190,12 @@ impl Model {
         dropout: DropoutRates,
         gradients: &mut [f32],
     ) -> f64 {
-        self.forward(batch, dropout);
+        let mode = Mode { rates: Some(dropout) };
+        let mut sink = match self.adapters {
+            None => Sink::Weights(gradients),
+            Some(_) => Sink::Adapters(gradients),
+        };
+        self.forward(batch, mode);
         self.select(batch);
         let h = self.config.hidden_size;
         let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
@@ -165,17 +209,17 @@ impl Model {
             &mut work.logits,
             Some(cross_entropy::Gradients {
                 d_hidden: &mut work.d_selected,
-                d_head: &mut gradients[self.layout.head.clone()],
+                d_head: sink.weights(self.layout.head.clone()),
                 scale,
             }),
         );
-        self.backward(batch, dropout, gradients);
+        self.backward(batch, mode, &mut sink);
         loss
     }
 
-    /// The logits at every place, `[tokens, vocabulary]`: for tests.
+    /// The logits at every place, `[tokens, vocabulary]`.
     pub fn logits(&mut self, batch: &Batch) -> Vec<f32> {
-        self.forward(batch, DropoutRates::default());
+        self.forward(batch, Mode { rates: None });
         let (h, v) = (self.config.hidden_size, self.config.vocab_size);
         let mut logits = vec![0.0; batch.len() * v];
         let head = view(&self.weights[self.layout.head.clone()], v, h);
@@ -183,37 +227,44 @@ impl Model {
         logits
     }
 
-    /// Where dropout is applied: 0 is the embedding, then two branches a layer.
-    fn site(&self, rates: DropoutRates, site: usize) -> Option<Dropout> {
-        Dropout::new(rates.residual, rates.seed, site as u64)
-    }
-
     /// Leaves the final norm of every place in `work.normed`.
-    fn forward(&mut self, batch: &Batch, rates: DropoutRates) {
+    fn forward(&mut self, batch: &Batch, mode: Mode) {
         let (tokens, h) = (batch.len(), self.config.hidden_size);
-        let sites: Vec<_> = (0..=2 * self.config.layers).map(|s| self.site(rates, s)).collect();
         let work = &mut self.work;
         size(&mut work.x, tokens * h);
         size(&mut work.branch, tokens * h);
         size(&mut work.normed, tokens * h);
         size(&mut work.inverse, tokens);
+        let layers = self.config.layers;
+        work.tapes.resize_with(if self.recompute { 1 } else { layers }, Tape::default);
+        work.inputs.resize_with(if self.recompute { layers } else { 0 }, Vec::new);
 
         let embedding = &self.weights[self.layout.embedding.clone()];
         for (row, &token) in work.branch.chunks_exact_mut(h).zip(&batch.tokens) {
             row.copy_from_slice(&embedding[token as usize * h..(token as usize + 1) * h]);
         }
-        apply_dropout(&mut work.x, &work.branch, sites[0]);
+        apply_dropout(&mut work.x, &work.branch, mode.site(0));
 
         for (index, ranges) in self.layout.layers.iter().enumerate() {
-            let layer = Layer {
-                config: &self.config,
-                heads: self.heads,
-                rotary: &self.rotary,
-                weights: &self.weights,
+            let layer = layer(
+                &self.config,
+                self.heads,
+                &self.rotary,
+                &self.weights,
                 ranges,
-                dropout: [sites[2 * index + 1], sites[2 * index + 2]],
+                self.adapters.as_ref(),
+                index,
+                mode,
+            );
+            let tape = match work.inputs.get_mut(index) {
+                Some(input) => {
+                    input.clear();
+                    input.extend_from_slice(&work.x);
+                    &mut work.tapes[0]
+                }
+                None => &mut work.tapes[index],
             };
-            layer.forward(batch, &mut work.tapes[index], &mut work.x, &mut work.branch);
+            layer.forward(batch, tape, &mut work.x, &mut work.branch, &mut work.lora);
         }
         let w = &self.weights[self.layout.final_norm.clone()];
         rms_norm(&mut work.normed, &mut work.inverse, &work.x, w, self.config.rms_norm_eps as f32);
@@ -229,10 +280,9 @@ impl Model {
         }
     }
 
-    /// From `work.d_selected` to `gradients`.
-    fn backward(&mut self, batch: &Batch, rates: DropoutRates, gradients: &mut [f32]) {
+    /// From `work.d_selected` to the gradients.
+    fn backward(&mut self, batch: &Batch, mode: Mode, sink: &mut Sink) {
         let (tokens, h) = (batch.len(), self.config.hidden_size);
-        let sites: Vec<_> = (0..=2 * self.config.layers).map(|s| self.site(rates, s)).collect();
         let work = &mut self.work;
         size(&mut work.d_normed, tokens * h);
         work.d_normed.fill(0.0);
@@ -243,16 +293,28 @@ impl Model {
         work.dx.fill(0.0);
         let range = self.layout.final_norm.clone();
         let w = &self.weights[range.clone()];
-        rms_norm_grad(&mut work.dx, &mut gradients[range], &work.d_normed, &work.x, w, &work.inverse);
+        rms_norm_grad(&mut work.dx, sink.weights(range), &work.d_normed, &work.x, w, &work.inverse);
 
         for (index, ranges) in self.layout.layers.iter().enumerate().rev() {
-            let layer = Layer {
-                config: &self.config,
-                heads: self.heads,
-                rotary: &self.rotary,
-                weights: &self.weights,
+            let layer = layer(
+                &self.config,
+                self.heads,
+                &self.rotary,
+                &self.weights,
                 ranges,
-                dropout: [sites[2 * index + 1], sites[2 * index + 2]],
+                self.adapters.as_ref(),
+                index,
+                mode,
+            );
+            let tape = match work.inputs.get(index) {
+                Some(input) => {
+                    work.again.clear();
+                    work.again.extend_from_slice(input);
+                    let tape = &mut work.tapes[0];
+                    layer.forward(batch, tape, &mut work.again, &mut work.branch, &mut work.lora);
+                    tape
+                }
+                None => &mut work.tapes[index],
             };
             let scratch = Scratch {
                 branch: &mut work.branch,
@@ -260,157 +322,66 @@ impl Model {
                 wide: &mut work.d_wide,
                 heads: &mut work.d_heads,
                 attended: &mut work.d_attended,
+                lora: &mut work.lora,
             };
-            layer.backward(batch, &mut work.tapes[index], &mut work.dx, scratch, gradients);
+            layer.backward(batch, tape, &mut work.dx, scratch, sink);
         }
 
-        apply_dropout(&mut work.branch, &work.dx, sites[0]);
-        let embedding = &mut gradients[self.layout.embedding.clone()];
-        for (row, &token) in work.branch.chunks_exact(h).zip(&batch.tokens) {
-            let into = &mut embedding[token as usize * h..(token as usize + 1) * h];
-            into.iter_mut().zip(row).for_each(|(e, d)| *e += d);
+        if let Some(embedding) = sink.weights(self.layout.embedding.clone()) {
+            apply_dropout(&mut work.branch, &work.dx, mode.site(0));
+            for (row, &token) in work.branch.chunks_exact(h).zip(&batch.tokens) {
+                let into = &mut embedding[token as usize * h..(token as usize + 1) * h];
+                into.iter_mut().zip(row).for_each(|(e, d)| *e += d);
+            }
         }
+    }
+
+    /// Numbers held for the batches so far.
+    #[cfg(test)]
+    pub fn workspace_len(&self) -> usize {
+        let w = &self.work;
+        let shared = [
+            &w.x,
+            &w.again,
+            &w.normed,
+            &w.inverse,
+            &w.branch,
+            &w.selected,
+            &w.d_selected,
+            &w.logits,
+            &w.dx,
+            &w.d_normed,
+            &w.d_wide,
+            &w.d_heads,
+            &w.d_attended,
+        ];
+        let tapes: usize = w.tapes.iter().map(Tape::len).sum();
+        // The last block of logits may be shorter than the others were.
+        tapes + w.inputs.iter().chain(shared).map(Vec::capacity).sum::<usize>()
     }
 }
 
-/// Memory that all layers share in the backward pass.
-struct Scratch<'a> {
-    branch: &'a mut Vec<f32>,
-    normed: &'a mut Vec<f32>,
-    wide: &'a mut Vec<f32>,
-    heads: &'a mut Vec<f32>,
-    attended: &'a mut Vec<f32>,
-}
-
-/// One transformer layer at work.
-struct Layer<'a> {
+/// The layer of this number, ready to work. Apart from [`Model`], whose workspace is borrowed meanwhile.
+#[expect(clippy::too_many_arguments, reason = "the parts of a model that a layer reads, and nothing else")]
+fn layer<'a>(
     config: &'a Config,
     heads: Heads,
     rotary: &'a Rotary,
     weights: &'a [f32],
     ranges: &'a LayerRanges,
-    dropout: [Option<Dropout>; 2],
-}
-
-impl Layer<'_> {
-    fn norms(&self) -> HeadNorms<'_> {
-        HeadNorms {
-            q: &self.weights[self.ranges.q_norm.clone()],
-            k: &self.weights[self.ranges.k_norm.clone()],
-            eps: self.config.rms_norm_eps as f32,
-        }
+    adapters: Option<&'a Adapters>,
+    index: usize,
+    mode: Mode,
+) -> Layer<'a> {
+    Layer {
+        config,
+        heads,
+        rotary,
+        weights,
+        ranges,
+        dropout: [mode.site(2 * index + 1), mode.site(2 * index + 2)],
+        adapted: adapters.map(|all| Adapted { all, layer: &all.layers[index], seed: mode.seed() }),
     }
-
-    /// `x` becomes the layer's result; `branch` is scratch.
-    fn forward(&self, batch: &Batch, tape: &mut Tape, x: &mut [f32], branch: &mut [f32]) {
-        let c = self.config;
-        let (tokens, h, f, d) = (batch.len(), c.hidden_size, c.intermediate_size, c.head_dim);
-        let (queries, all) = (c.heads, c.heads + 2 * c.kv_heads);
-        let eps = c.rms_norm_eps as f32;
-        let weight = |range: &std::ops::Range<usize>| &self.weights[range.clone()];
-        size(&mut tape.x, tokens * h);
-        size(&mut tape.norm1, tokens * h);
-        size(&mut tape.inverse1, tokens);
-        size(&mut tape.qkv, tokens * all * d);
-        size(&mut tape.heads, tokens * all * d);
-        size(&mut tape.attended, tokens * queries * d);
-        size(&mut tape.log_sums, tokens * queries);
-        size(&mut tape.merged, tokens * queries * d);
-        size(&mut tape.x2, tokens * h);
-        size(&mut tape.norm2, tokens * h);
-        size(&mut tape.inverse2, tokens);
-        size(&mut tape.gate_up, tokens * 2 * f);
-        size(&mut tape.active, tokens * f);
-
-        tape.x.copy_from_slice(x);
-        rms_norm(&mut tape.norm1, &mut tape.inverse1, &tape.x, weight(&self.ranges.input_norm), eps);
-        let w = view(weight(&self.ranges.qkv), all * d, h);
-        matmul(&mut tape.qkv, view(&tape.norm1, tokens, h), w.t(), 1.0, false, Threads::Pool);
-        split_heads(&mut tape.heads, &tape.qkv, self.heads, &batch.positions, self.rotary, self.norms());
-        let qkv = split_qkv(&tape.heads, tokens, self.heads);
-        attention::forward(self.heads, &batch.segments, qkv, &mut tape.attended, &mut tape.log_sums);
-        merge_heads(&mut tape.merged, &tape.attended, queries, d);
-        let w = view(weight(&self.ranges.output), h, queries * d);
-        matmul(branch, view(&tape.merged, tokens, queries * d), w.t(), 1.0, false, Threads::Pool);
-        add_branch(&mut tape.x2, &tape.x, branch, self.dropout[0]);
-
-        rms_norm(&mut tape.norm2, &mut tape.inverse2, &tape.x2, weight(&self.ranges.post_norm), eps);
-        let w = view(weight(&self.ranges.gate_up), 2 * f, h);
-        matmul(&mut tape.gate_up, view(&tape.norm2, tokens, h), w.t(), 1.0, false, Threads::Pool);
-        activation(&mut tape.active, &tape.gate_up, f);
-        let w = view(weight(&self.ranges.down), h, f);
-        matmul(branch, view(&tape.active, tokens, f), w.t(), 1.0, false, Threads::Pool);
-        add_branch(x, &tape.x2, branch, self.dropout[1]);
-    }
-
-    /// `dx`, the gradient of the layer's result, becomes that of its input. Uses up the tape.
-    fn backward(&self, batch: &Batch, tape: &mut Tape, dx: &mut [f32], s: Scratch<'_>, gradients: &mut [f32]) {
-        let c = self.config;
-        let (tokens, h, f, d) = (batch.len(), c.hidden_size, c.intermediate_size, c.head_dim);
-        let (queries, all) = (c.heads, c.heads + 2 * c.kv_heads);
-        let weight = |range: &std::ops::Range<usize>| &self.weights[range.clone()];
-
-        // The gated branch.
-        apply_dropout(s.branch, dx, self.dropout[1]);
-        let d_branch = view(s.branch, tokens, h);
-        let w = view(weight(&self.ranges.down), h, f);
-        size(s.wide, tokens * f);
-        matmul(s.wide, d_branch, w, 1.0, false, Threads::Pool);
-        let d_down = &mut gradients[self.ranges.down.clone()];
-        matmul(d_down, d_branch.t(), view(&tape.active, tokens, f), 1.0, true, Threads::Pool);
-        activation_grad(&mut tape.gate_up, s.wide, f);
-        let d_gate_up = view(&tape.gate_up, tokens, 2 * f);
-        let w = view(weight(&self.ranges.gate_up), 2 * f, h);
-        matmul(s.normed, d_gate_up, w, 1.0, false, Threads::Pool);
-        let into = &mut gradients[self.ranges.gate_up.clone()];
-        matmul(into, d_gate_up.t(), view(&tape.norm2, tokens, h), 1.0, true, Threads::Pool);
-        let into = &mut gradients[self.ranges.post_norm.clone()];
-        rms_norm_grad(dx, into, s.normed, &tape.x2, weight(&self.ranges.post_norm), &tape.inverse2);
-
-        // Attention.
-        apply_dropout(s.branch, dx, self.dropout[0]);
-        let d_branch = view(s.branch, tokens, h);
-        let w = view(weight(&self.ranges.output), h, queries * d);
-        size(s.wide, tokens * all.max(queries) * d);
-        matmul(s.wide, d_branch, w, 1.0, false, Threads::Pool);
-        let into = &mut gradients[self.ranges.output.clone()];
-        matmul(into, d_branch.t(), view(&tape.merged, tokens, queries * d), 1.0, true, Threads::Pool);
-        size(s.attended, tokens * queries * d);
-        unmerge_heads(s.attended, &s.wide[..tokens * queries * d], queries, d);
-        size(s.heads, tokens * all * d);
-        let (dq, rest) = s.heads.split_at_mut(tokens * queries * d);
-        let (dk, dv) = rest.split_at_mut(tokens * c.kv_heads * d);
-        attention::backward(
-            self.heads,
-            &batch.segments,
-            split_qkv(&tape.heads, tokens, self.heads),
-            &tape.attended,
-            &tape.log_sums,
-            s.attended,
-            attention::Gradients { dq, dk, dv },
-        );
-        let (mut dq_norm, mut dk_norm) = (vec![0.0; d], vec![0.0; d]);
-        let (norms, positions) = (self.norms(), &batch.positions);
-        let (dq, dk) = (&mut dq_norm, &mut dk_norm);
-        split_heads_grad(s.wide, dq, dk, s.heads, &tape.qkv, self.heads, positions, self.rotary, norms);
-        for (range, d) in [(&self.ranges.q_norm, dq_norm), (&self.ranges.k_norm, dk_norm)] {
-            gradients[range.clone()].iter_mut().zip(d).for_each(|(g, d)| *g += d);
-        }
-        let d_qkv = view(s.wide, tokens, all * d);
-        let w = view(weight(&self.ranges.qkv), all * d, h);
-        matmul(s.normed, d_qkv, w, 1.0, false, Threads::Pool);
-        let into = &mut gradients[self.ranges.qkv.clone()];
-        matmul(into, d_qkv.t(), view(&tape.norm1, tokens, h), 1.0, true, Threads::Pool);
-        let into = &mut gradients[self.ranges.input_norm.clone()];
-        rms_norm_grad(dx, into, s.normed, &tape.x, weight(&self.ranges.input_norm), &tape.inverse1);
-    }
-}
-
-/// Queries, keys and values in `[heads + 2 · kv, tokens, dim]`.
-fn split_qkv(heads_major: &[f32], tokens: usize, heads: Heads) -> attention::Qkv<'_> {
-    let (q, rest) = heads_major.split_at(heads.kv * heads.group * tokens * heads.dim);
-    let (k, v) = rest.split_at(heads.kv * tokens * heads.dim);
-    attention::Qkv { q, k, v }
 }
 
 #[cfg(test)]
@@ -505,6 +476,68 @@ mod tests {
     #[test]
     fn gradients_agree_with_an_untied_head_and_dropout() {
         check_gradients(false, DropoutRates { residual: 0.25, seed: 3 });
+    }
+
+    /// As [`check_gradients`], for the adapters, with `B` away from zero.
+    #[test]
+    fn gradients_of_adapters_agree_with_finite_differences() {
+        let (mut model, batch) = (model(false), batch());
+        let targets = lora::Target::ALL.to_vec();
+        model.adapt(&LoraOptions { rank: 3, alpha: 6.0, dropout: 0.2, targets, seed: 4 });
+        let count = model.trainable().len();
+        model.trainable_mut().iter_mut().zip(noise(count, 8)).for_each(|(v, n)| *v += 0.3 * n);
+        let rates = DropoutRates { residual: 0.1, seed: 3 };
+        let mut gradients = vec![0.0; count];
+        model.loss_and_gradients(&batch, 1.0, rates, &mut gradients);
+        let values = model.trainable().to_vec();
+        let mut ignored = vec![0.0; count];
+        for tensor in model.trainable_tensors().to_vec() {
+            let own = &gradients[tensor.range.clone()];
+            let length = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            assert!(length > 1e-3, "{} has no gradient", tensor.name);
+            let step = 4e-3;
+            let mut at = |sign: f64| {
+                for (i, g) in tensor.range.clone().zip(own) {
+                    let moved = f64::from(values[i]) + sign * step * f64::from(*g) / length;
+                    model.trainable_mut()[i] = moved as f32;
+                }
+                let loss = model.loss_and_gradients(&batch, 1.0, rates, &mut ignored);
+                model.trainable_mut().copy_from_slice(&values);
+                loss
+            };
+            let numeric = (at(1.0) - at(-1.0)) / (2.0 * step);
+            assert!((numeric - length).abs() < 3e-3 * length, "{}: {numeric} and {length}", tensor.name);
+        }
+    }
+
+    #[test]
+    fn merged_adapters_compute_what_applied_ones_do() {
+        let (mut adapted, batch) = (model(true), batch());
+        let plain = adapted.logits(&batch);
+        let targets = vec![lora::Target::Query, lora::Target::Value, lora::Target::Up];
+        adapted.adapt(&LoraOptions { rank: 4, alpha: 8.0, dropout: 0.5, targets, seed: 4 });
+        assert_eq!(adapted.logits(&batch), plain, "untrained adapters change nothing");
+        let count = adapted.trainable().len();
+        adapted.trainable_mut().iter_mut().zip(noise(count, 8)).for_each(|(v, n)| *v += 0.3 * n);
+        let applied = adapted.logits(&batch);
+        let mut merged = Model::new(adapted.config().clone(), adapted.merged().into_owned(), 128);
+        let merged = merged.logits(&batch);
+        let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart(&applied, &plain) > 0.1);
+        assert!(apart(&applied, &merged) < 1e-4, "{}", apart(&applied, &merged));
+    }
+
+    #[test]
+    fn computing_again_gives_the_same_gradients_to_the_bit() {
+        let run = |recompute: bool| {
+            let mut model = model(true);
+            model.recompute(recompute);
+            let mut gradients = vec![0.0; model.weights.len()];
+            let rates = DropoutRates { residual: 0.1, seed: 1 };
+            let loss = model.loss_and_gradients(&batch(), 0.5, rates, &mut gradients);
+            (loss.to_bits(), gradients.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(run(true), run(false));
     }
 
     #[test]
