@@ -36,6 +36,7 @@ mod synth;
 #[cfg(test)]
 mod testing;
 pub mod tid;
+mod train;
 
 pub use artifact::Artifact;
 pub use compat::Compat;

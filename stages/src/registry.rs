@@ -27,6 +27,7 @@ registry! {
     crate::sft::SftRec,
     crate::sft::SftCollaborative,
     crate::sft::SftMerge,
+    crate::train::Train,
     crate::sasrec::Sasrec,
     crate::generate::Generate,
     crate::popularity::Popularity,

@@ -149,7 +149,7 @@ impl Layout {
         for line in output.lines() {
             lines.push(self.tokenizer.encode(&format!("{line}\n"))?);
         }
-        let (head, before) = self.frame("", true)?;
+        let (head, before) = self.frame("")?;
         let room = self.settings.max_length.saturating_sub(head.len() + before.len() + self.end.len());
         let kept = newest_within(&lines, room);
         let learned_from = head.len();
@@ -157,7 +157,7 @@ impl Layout {
         tokens.extend(before);
         lines[lines.len() - kept..].iter().for_each(|line| tokens.extend(line));
         tokens.extend(&self.end);
-        Ok(self.hard_cut(tokens, learned_from.max(usize::from(self.bos.is_some())), kept < lines.len()))
+        Ok(self.hard_cut(tokens, learned_from, kept < lines.len()))
     }
 
     /// `bos` and the newest of `lines` that there is room for.
@@ -204,13 +204,16 @@ impl Layout {
 
     /// Takes tokens from the end of what was asked (before what the template puts there), then from the response.
     fn shortened(&self, (mut prompt, response): (Vec<u32>, Vec<u32>)) -> Result<Laid, StageError> {
-        let tail = match self.settings.template {
-            ChatTemplate::None => 0,
-            _ => self.frame("", false)?.0.len() - self.tokenizer.encode(&user_turn_start())?.len(),
+        let (head, tail) = match self.settings.template {
+            ChatTemplate::None => (usize::from(self.bos.is_some()), 0),
+            _ => {
+                let head = self.tokenizer.encode(&user_turn_start())?.len();
+                (head, self.frame("")?.0.len() - head)
+            }
         };
         let excess = (prompt.len() + response.len()).saturating_sub(self.settings.max_length);
         let end = prompt.len() - tail;
-        let start = end.saturating_sub(excess).max(usize::from(self.bos.is_some()).min(end));
+        let start = end.saturating_sub(excess).max(head.min(end));
         prompt.drain(start..end);
         let learned_from = prompt.len();
         prompt.extend(response);
@@ -225,21 +228,18 @@ impl Layout {
 
     /// What is asked, and what is answered, with all that the template puts around them.
     fn question_and_answer(&self, content: &str, output: &str) -> Result<(Vec<u32>, Vec<u32>), StageError> {
-        let (prompt, mut response) = self.frame(content, false)?;
+        let (prompt, mut response) = self.frame(content)?;
         response.extend(self.tokenizer.encode(output)?);
         response.extend(&self.end);
         Ok((prompt, response))
     }
 
-    /// The prompt for `content`, and what stands at the beginning of its response. Where nothing is asked and `bare`
-    /// allows it, template `none` has no prompt but `bos`.
-    fn frame(&self, content: &str, bare: bool) -> Result<(Vec<u32>, Vec<u32>), StageError> {
+    /// The prompt for `content`, and what stands at the beginning of its response.
+    fn frame(&self, content: &str) -> Result<(Vec<u32>, Vec<u32>), StageError> {
         let mut prompt: Vec<u32> = self.bos.into_iter().collect();
         let response = match self.settings.template {
             ChatTemplate::None => {
-                if !(bare && content.is_empty()) {
-                    prompt.extend(self.tokenizer.encode(content)?);
-                }
+                prompt.extend(self.tokenizer.encode(content)?);
                 Vec::new()
             }
             template => {
@@ -270,7 +270,7 @@ impl Layout {
             let lines: Vec<Vec<u32>> = history.iter().map(|r| self.compact_line(r)).collect::<Result<_, _>>()?;
             let (mut tokens, before) = match self.settings.tokens {
                 TokenKind::Words => (self.bos.into_iter().collect(), Vec::new()),
-                TokenKind::Model => self.frame("", true)?,
+                TokenKind::Model => self.frame("")?,
             };
             tokens.extend(before);
             let kept = newest_within(&lines, limit.saturating_sub(tokens.len()));
@@ -299,7 +299,7 @@ impl Layout {
         for record in &history[1..] {
             rec_text::push_text(&mut output, record, Place::Later, compat);
         }
-        let (mut tokens, response) = self.frame(&content(&self.settings.instruction, &input), false)?;
+        let (mut tokens, response) = self.frame(&content(&self.settings.instruction, &input))?;
         tokens.extend(response);
         // The label may be joined with the line break before it, so the response is tokenised as a whole.
         output.push_str(TID_LABEL);

@@ -1,0 +1,82 @@
+//! Whether a run fits into the machine's memory, found out before it starts.
+
+use grlm_nn::qwen3::Config;
+
+use super::params::{Method, Params};
+use crate::{StageContext, StageError};
+
+/// Says how much memory the run takes.
+///
+/// # Errors
+/// More than the machine has free; with the parameters that would fit.
+pub fn check(params: &Params, config: &Config, cx: &mut StageContext) -> Result<(), StageError> {
+    let needed = params.memory_of(config, cx.out_of_memory_before());
+    let free = available();
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+    match free {
+        Some(free) if needed > free => Err(StageError::params(format!(
+            "training needs about {} of memory, and {} are free",
+            gib(needed),
+            gib(free)
+        ))
+        .help(advice(params, config, free))),
+        _ => {
+            cx.info(format!("about {} of memory", gib(needed)));
+            Ok(())
+        }
+    }
+}
+
+/// The least change of parameters that would fit.
+fn advice(params: &Params, config: &Config, free: u64) -> String {
+    let mut tried = params.clone();
+    if !tried.gradient_checkpointing {
+        tried.gradient_checkpointing = true;
+        if tried.memory_of(config, 0) <= free {
+            return "`gradient_checkpointing: true` would fit".into();
+        }
+    }
+    while tried.batch > 1 && tried.memory_of(config, 0) > free {
+        tried.batch /= 2;
+    }
+    let accumulation = params.accumulation * params.batch / tried.batch;
+    let small = format!("`gradient_checkpointing: true`, `batch: {}`, `accumulation: {accumulation}`", tried.batch);
+    if tried.memory_of(config, 0) <= free {
+        return format!("{small} would fit, and train the same");
+    }
+    if params.method == Method::Full {
+        tried.method = Method::Lora;
+        if tried.memory_of(config, 0) <= free {
+            return format!("`method: lora`, {small} would fit");
+        }
+    }
+    "take a smaller model, or `backend: llamafactory` on GPUs".into()
+}
+
+/// Bytes that the machine has free, where that can be found out.
+fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_is_the_least_change_that_fits() {
+        let params = Params { method: Method::Full, batch: 64, ..Params::default() };
+        let config = params.architecture.config(8192, 1024);
+        let whole = params.memory_of(&config, 0);
+        let advised = |free: u64| advice(&params, &config, free);
+        assert_eq!(advised(whole * 9 / 10), "`gradient_checkpointing: true` would fit");
+        let lean = Params { gradient_checkpointing: true, batch: 1, ..params.clone() };
+        let least = lean.memory_of(&config, 0);
+        let words = advised(least);
+        assert!(words.contains("`batch: 1`") && words.contains("train the same"), "{words}");
+        let lora = Params { method: Method::Lora, ..lean }.memory_of(&config, 0);
+        assert!(lora < least && advised(lora).contains("`method: lora`"));
+        assert!(advised(1000).contains("smaller model"));
+    }
+}
