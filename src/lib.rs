@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod cli;
 pub mod device;
+pub mod differences;
 pub mod dispatch;
 pub mod engine;
 pub mod error;

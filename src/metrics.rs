@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::Value;
 
 /// The columns of the short table, where they exist.
-const SHORT: [&str; 4] = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"];
+pub const SHORT: [&str; 4] = ["recall@5", "ndcg@5", "recall@10", "ndcg@10"];
 
 /// One model's figures, by name.
 pub type Figures = BTreeMap<String, f64>;

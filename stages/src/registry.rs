@@ -30,7 +30,9 @@ registry! {
     crate::train::Train,
     crate::sasrec::Sasrec,
     crate::generate::Generate,
+    crate::item_knn::ItemKnn,
     crate::popularity::Popularity,
+    crate::fuse::Fuse,
     crate::evaluate::Evaluate,
     crate::command::Command,
 }

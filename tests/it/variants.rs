@@ -79,3 +79,47 @@ variants:
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(value.as_array().map(Vec::len), Some(2), "{json}");
 }
+
+/// Forty users; the ranking stage finds the targets of those whose number is below `hits`.
+#[test]
+fn compare_says_how_sure_a_difference_is() {
+    let env = three();
+    let user = |u: usize| format!(r#"{{"user":"u{u}","history":["a"],"valid":"b","test":"c"}}"#);
+    env.write("holdout.jsonl", &(0..40).map(|u| user(u) + "\n").collect::<String>());
+    env.write(
+        "m.yaml",
+        r#"
+name: m
+vars: { hits: 10 }
+stages:
+  few:
+    uses: command
+    with: { run: 'for u in $(seq 0 39); do test $u -lt 10 && i=c || i=x; echo "{\"user\":\"u$u\",\"split\":\"test\",\"target\":\"c\",\"items\":[\"$i\"],\"scores\":[1]}"; done > ${outputs.out}' }
+    outputs: { out: rankings.jsonl }
+  many:
+    uses: command
+    with: { run: 'for u in $(seq 0 39); do test $u -lt ${vars.hits} && i=c || i=x; echo "{\"user\":\"u$u\",\"split\":\"test\",\"target\":\"c\",\"items\":[\"$i\"],\"scores\":[1]}"; done > ${outputs.out}' }
+    outputs: { out: rankings.jsonl }
+  evaluate:
+    uses: evaluate
+    inputs: { holdout: { file: holdout.jsonl }, few: few.out, many: many.out }
+    with: { k: [5, 10], bootstrap: 0 }
+variants:
+  better: { set: { vars.hits: 30 } }
+"#,
+    );
+    env.ok(&["sweep", "m.yaml"]);
+    let table = env.ok(&["compare", "m.yaml"]).stdout;
+    assert!(table.contains("better/many") && table.contains("+0.5000"), "{table}");
+    let json = env.ok(&["compare", "m.yaml", "--json", "--resamples", "500"]).stdout;
+    let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let many = value.as_array().unwrap().iter().find(|r| r["variant"] == "better" && r["model"] == "many").unwrap();
+    let recall = &many["comparison"]["figures"]["recall@5"];
+    assert_eq!((&many["comparison"]["users"], &recall["difference"]), (&40.into(), &0.5.into()));
+    assert!(recall["ci95"][0].as_f64() > Some(0.3) && recall["p_holm"].as_f64() < Some(0.05), "{json}");
+
+    // Within each variant, against the model that is named.
+    let table = env.ok(&["compare", "m.yaml", "better", "--baseline", "few"]).stdout;
+    assert!(table.contains("better/many") && table.contains("better/few") && table.contains("+0.5000"), "{table}");
+    assert!(env.fails(3, &["compare", "m.yaml", "--baseline", "other"]).contains("no metrics of `other`"));
+}

@@ -60,15 +60,25 @@ pub enum Loss {
 #[serde(deny_unknown_fields)]
 pub struct Training {
     pub loss: Loss,
+    /// Leave the items that a user already had out of the loss, except where one is the target: for rankings that
+    /// leave them out too.
+    pub exclude_seen: bool,
     /// Users in a batch.
     pub batch: usize,
+    /// The highest learning rate, reached after `warmup_steps`.
     pub learning_rate: f32,
+    pub warmup_steps: u64,
+    /// Steps over which the rate falls to 0 along a cosine; `None` keeps it.
+    pub decay_steps: Option<u64>,
     /// Decoupled weight decay, on matrices and embeddings.
     pub weight_decay: f32,
     /// Share of embeddings, attention outputs and feed-forward activations that a step leaves out.
     pub dropout: f32,
     /// The same for attention probabilities.
     pub attention_dropout: f32,
+    /// Share of the past that an exponential moving average of all parameters keeps at each step; the average is what
+    /// is looked at in validation and what results. 0 turns it off.
+    pub averaging: f32,
     pub seed: u64,
 }
 
@@ -104,6 +114,7 @@ impl Training {
             (!(self.weight_decay >= 0.0 && self.weight_decay.is_finite()), "`weight_decay` must not be negative"),
             (!share(self.dropout), "`dropout` must be at least 0 and less than 1"),
             (!share(self.attention_dropout), "`attention_dropout` must be at least 0 and less than 1"),
+            (!share(self.averaging), "`averaging` must be at least 0 and less than 1"),
             (matches!(self.loss, Loss::Sampled { negatives: 0, .. }), "`negatives` must be at least 1"),
         ])
     }

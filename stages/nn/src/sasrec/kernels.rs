@@ -8,6 +8,7 @@ use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
 };
+use rayon::prelude::*;
 
 use super::config::Activation;
 
@@ -147,16 +148,53 @@ vectorised! {
 }
 
 vectorised! {
-    pub fn scale(row: &mut [f32], factor: f32) {
-        for x in row.iter_mut() {
-            *x *= factor;
+    /// Multiplies each row of `x: [rows, width]` by its factor.
+    pub fn scale_rows(x: &mut [f32], factors: &[f32]) {
+        let width = x.len() / factors.len().max(1);
+        for (row, factor) in x.chunks_exact_mut(width.max(1)).zip(factors) {
+            for x in row.iter_mut() {
+                *x *= factor;
+            }
         }
+    }
+}
+
+vectorised! {
+    /// `y += factor · x`, row by row of `[rows, width]`.
+    pub fn add_scaled_rows(y: &mut [f32], factors: &[f32], x: &[f32]) {
+        let width = (y.len() / factors.len().max(1)).max(1);
+        for ((y, x), &factor) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(factors) {
+            add_scaled(y, factor, x);
+        }
+    }
+}
+
+vectorised! {
+    /// `y += factor · x`.
+    pub fn add_to(y: &mut [f32], factor: f32, x: &[f32]) {
+        add_scaled(y, factor, x);
     }
 }
 
 vectorised! {
     pub fn dot_product(a: &[f32], b: &[f32]) -> f32 {
         dot(a, b)
+    }
+}
+
+/// Numbers that one thread moves at a time.
+const MOVED: usize = 1 << 15;
+
+/// `y += share · (x - y)`, on all threads.
+pub fn move_towards(y: &mut [f32], share: f32, x: &[f32]) {
+    y.par_chunks_mut(MOVED).zip(x.par_chunks(MOVED)).for_each(|(y, x)| move_some(y, share, x));
+}
+
+vectorised! {
+    fn move_some(y: &mut [f32], share: f32, x: &[f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += share * (x - *y);
+        }
     }
 }
 

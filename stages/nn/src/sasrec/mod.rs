@@ -38,7 +38,7 @@ pub use config::{Activation, Architecture, Loss, Scoring, Training};
 pub use model::Model;
 pub use ranking::{Metrics, Place, Placement, Query, Scored};
 pub use session::{Advance, EpochReport, Schedule, Session, Validation};
-pub use trainer::Trainer;
+pub use trainer::{Trainer, steps_per_epoch};
 
 /// Why a model cannot be trained, saved or loaded.
 #[derive(Debug, thiserror::Error)]

@@ -160,6 +160,8 @@ fn best(scores: &[f32], count: usize) -> Vec<Scored> {
         candidates.truncate(count);
     }
     candidates.sort_unstable_by(order);
+    // Lists are kept by the thousand, and each was as long as the catalogue.
+    candidates.shrink_to_fit();
     candidates
 }
 

@@ -33,6 +33,8 @@ pub struct EpochReport {
     pub step: u64,
     pub epoch: u64,
     pub mean_loss: f64,
+    /// The learning rate of its last step.
+    pub learning_rate: f32,
     /// At 10, on validation, if this epoch was followed by a look at it.
     pub valid: Option<Validation>,
 }
@@ -121,7 +123,8 @@ impl Session {
                 self.progress.waited += 1;
             }
         }
-        let report = EpochReport { step, epoch, mean_loss, valid };
+        let learning_rate = self.trainer.learning_rate();
+        let report = EpochReport { step, epoch, mean_loss, learning_rate, valid };
         self.progress.reports.push(report);
         report
     }
@@ -132,6 +135,10 @@ impl Session {
 
     pub fn steps_per_epoch(&self) -> usize {
         self.trainer.steps_per_epoch()
+    }
+
+    pub fn max_epochs(&self) -> u64 {
+        self.schedule.max_epochs
     }
 
     pub fn reports(&self) -> &[EpochReport] {
@@ -145,7 +152,7 @@ impl Session {
 
     /// The best model on validation, or the last one where there is no validation.
     pub fn into_model(self) -> Model {
-        self.best.unwrap_or(self.trainer.model)
+        self.best.unwrap_or_else(|| self.trainer.into_model())
     }
 
     /// Writes all that is needed to go on, atomically.
@@ -170,6 +177,10 @@ impl Session {
             Named::flat("items.first", &trainer.item_moments.first),
             Named::flat("items.second", &trainer.item_moments.second),
         ];
+        if let Some(average) = &trainer.average {
+            tensors.push(Named::flat("average.network", &average.parameters));
+            tensors.push(Named::flat("average.items", &average.items));
+        }
         if let Some(best) = &self.best {
             tensors.push(Named::flat("best.network", &best.parameters));
             tensors.push(Named::flat("best.items", &best.items));
@@ -199,14 +210,19 @@ impl Session {
         let embeddings = take("items", &items)?;
         let network_moments = (take("network.first", &network)?, take("network.second", &network)?);
         let item_moments = (take("items.first", &items)?, take("items.second", &items)?);
-        let best = if state.progress.best_epoch > 0 {
-            let (parameters, items) = (take("best.network", &network)?, take("best.items", &items)?);
-            Some(Model { parameters, items, ..trainer.model.clone() })
-        } else {
-            None
+        let mut model = |name: &str, wanted: bool| -> Result<Option<Model>, SasrecError> {
+            if !wanted {
+                return Ok(None);
+            }
+            let parameters = take(&format!("{name}.network"), &network)?;
+            let items = take(&format!("{name}.items"), &items)?;
+            Ok(Some(Model { parameters, items, ..trainer.model.clone() }))
         };
+        let average = model("average", trainer.average.is_some())?;
+        let best = model("best", state.progress.best_epoch > 0)?;
         trainer.model.parameters = parameters;
         trainer.model.items = embeddings;
+        trainer.average = average;
         (trainer.network_moments.first, trainer.network_moments.second) = network_moments;
         (trainer.item_moments.first, trainer.item_moments.second) = item_moments;
         trainer.resume_at(state.place);
@@ -242,11 +258,15 @@ mod tests {
         };
         let training = Training {
             loss,
+            exclude_seen: false,
             batch: 16,
             learning_rate: 0.01,
+            warmup_steps: 4,
+            decay_steps: None,
             weight_decay: 0.0,
             dropout: 0.1,
             attention_dropout: 0.1,
+            averaging: 0.8,
             seed: 3,
         };
         let (train, valid) = circle();

@@ -10,12 +10,13 @@ use super::{
     SasrecError,
     adam::Moments,
     config::{Loss, Training},
-    kernels::{Dropout, add},
-    loss::{Batch, Negatives, Tiles, full_softmax, sampled_softmax},
+    kernels::{Dropout, add, move_towards},
+    loss::{Batch, Negatives, Seen, Tiles, full_softmax, sampled_softmax},
     model::Model,
     network::{Activations, DropoutPlan, Piece},
     scoring,
 };
+use crate::train::schedule::{Decay, Schedule};
 
 /// Rows that a piece of a batch has at least, unless it is the last.
 const PIECE_ROWS: usize = 192;
@@ -45,10 +46,17 @@ pub enum Stepped {
     EpochEnd { mean_loss: f64 },
 }
 
+/// Steps of an epoch over `sequences`, of which those with fewer than two items do not count.
+pub fn steps_per_epoch(sequences: &[Vec<u32>], batch: usize) -> usize {
+    sequences.iter().filter(|s| s.len() > 1).count().div_ceil(batch.max(1))
+}
+
 /// A model in training.
 #[derive(Debug)]
 pub struct Trainer {
     pub(super) model: Model,
+    /// The moving average of `model`, where one is kept.
+    pub(super) average: Option<Model>,
     pub(super) settings: Training,
     pub(super) place: Place,
     pub(super) network_moments: Moments,
@@ -58,8 +66,17 @@ pub struct Trainer {
     network_grad: Vec<f32>,
     items_grad: Vec<f32>,
     work: Vec<Work>,
+    rows: Rows,
     tiles: Tiles,
     negatives: Negatives,
+}
+
+/// The rows of a batch, one a position that has a next item: its own item, the first row of its sequence, the target.
+#[derive(Debug, Default)]
+struct Rows {
+    inputs: Vec<u32>,
+    starts: Vec<u32>,
+    targets: Vec<u32>,
 }
 
 /// What one piece of a batch needs; buffers live from batch to batch.
@@ -91,6 +108,7 @@ impl Trainer {
         }
         let (network, embeddings) = (model.parameters.len(), model.items.len());
         let mut trainer = Self {
+            average: (settings.averaging > 0.0).then(|| model.clone()),
             model,
             settings,
             place: Place::default(),
@@ -101,6 +119,7 @@ impl Trainer {
             network_grad: vec![0.0; network],
             items_grad: vec![0.0; embeddings],
             work: Vec::new(),
+            rows: Rows::default(),
             tiles: Tiles::default(),
             negatives: Negatives::default(),
         };
@@ -108,8 +127,13 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// The model that training has come to: the moving average, where one is kept.
     pub fn model(&self) -> &Model {
-        &self.model
+        self.average.as_ref().unwrap_or(&self.model)
+    }
+
+    pub(super) fn into_model(self) -> Model {
+        self.average.unwrap_or(self.model)
     }
 
     pub fn place(&self) -> Place {
@@ -138,27 +162,25 @@ impl Trainer {
     /// # Errors
     /// The loss is not finite.
     pub fn step(&mut self) -> Result<Stepped, SasrecError> {
-        let targets = self.load_batch();
-        let rows = targets.len();
-        let loss = self.gradients(&targets);
+        self.load_batch();
+        let loss = self.gradients();
         if !loss.is_finite() {
             return Err(SasrecError::NotFinite { step: self.place.step + 1 });
         }
         self.place.step += 1;
-        let Training { learning_rate, weight_decay, .. } = self.settings;
+        let (step, rate, decay) = (self.place.step, self.learning_rate(), self.settings.weight_decay);
         // The network's norms and biases are too few for their decay to matter; its matrices decay with them.
-        let step = self.place.step;
-        self.network_moments.update(
-            &mut self.model.parameters,
-            &mut self.network_grad,
-            step,
-            learning_rate,
-            weight_decay,
-        );
-        self.item_moments.update(&mut self.model.items, &mut self.items_grad, step, learning_rate, weight_decay);
+        self.network_moments.update(&mut self.model.parameters, &mut self.network_grad, step, rate, decay);
+        self.item_moments.update(&mut self.model.items, &mut self.items_grad, step, rate, decay);
+        if let Some(average) = &mut self.average {
+            // At first the average follows closely: random first values are not worth keeping.
+            let share = (1.0 - self.settings.averaging).max(9.0 / (step + 9) as f32);
+            move_towards(&mut average.parameters, share, &self.model.parameters);
+            move_towards(&mut average.items, share, &self.model.items);
+        }
 
         self.place.loss += loss;
-        self.place.rows += rows as u64;
+        self.place.rows += self.rows.targets.len() as u64;
         self.place.batch += 1;
         if self.place.batch < self.steps_per_epoch() {
             return Ok(Stepped::Within);
@@ -169,11 +191,23 @@ impl Trainer {
         Ok(Stepped::EpochEnd { mean_loss })
     }
 
-    /// Cuts the batch into pieces; returns the targets of all rows.
-    fn load_batch(&mut self) -> Vec<u32> {
+    /// The learning rate of the latest step.
+    pub fn learning_rate(&self) -> f32 {
+        let Training { learning_rate, warmup_steps, decay_steps, .. } = self.settings;
+        let decay = if decay_steps.is_some() { Decay::Cosine } else { Decay::Constant };
+        let total_steps = decay_steps.unwrap_or(0);
+        let schedule = Schedule { peak: f64::from(learning_rate), decay, warmup_steps, total_steps, floor: 0.0 };
+        schedule.at(self.place.step.saturating_sub(1)) as f32
+    }
+
+    /// Cuts the batch into pieces, and notes the input and target of all rows.
+    fn load_batch(&mut self) {
         let start = self.place.batch * self.settings.batch;
         let users = &self.order[start..(start + self.settings.batch).min(self.order.len())];
-        let mut targets = Vec::new();
+        let Rows { inputs, starts, targets } = &mut self.rows;
+        inputs.clear();
+        starts.clear();
+        targets.clear();
         let mut pieces = 0;
         for &user in users {
             let sequence = &self.sequences[user as usize];
@@ -186,15 +220,17 @@ impl Trainer {
                 piece.items.clear();
                 piece.sequences.clear();
             }
-            self.work[pieces - 1].piece.push(&sequence[..sequence.len() - 1]);
+            let before = &sequence[..sequence.len() - 1];
+            self.work[pieces - 1].piece.push(before);
+            starts.resize(starts.len() + before.len(), inputs.len() as u32);
+            inputs.extend_from_slice(before);
             targets.extend_from_slice(&sequence[1..]);
         }
         self.work.truncate(pieces);
-        targets
     }
 
     /// Adds the batch's gradients to `network_grad` and `items_grad`; returns the sum of the rows' losses.
-    fn gradients(&mut self, targets: &[u32]) -> f64 {
+    fn gradients(&mut self) -> f64 {
         let architecture = &self.model.architecture;
         let (width, scoring) = (architecture.hidden, architecture.scoring);
         let network = self.model.network();
@@ -209,7 +245,9 @@ impl Trainer {
         let hidden: Vec<f32> = self.work.iter().flat_map(|w| &w.activations.hidden).copied().collect();
         let queries = scoring::query_vectors(scoring, &hidden, width);
         let vectors = scoring::item_vectors(scoring, &self.model.items, width);
-        let batch = Batch { hidden: &queries.vectors, targets, width };
+        let Rows { inputs, starts, targets } = &self.rows;
+        let seen = self.settings.exclude_seen.then_some(Seen { inputs, starts });
+        let batch = Batch { hidden: &queries.vectors, targets, width, seen };
         let mut hidden_grad = vec![0.0; hidden.len()];
         let loss = match self.settings.loss {
             Loss::Full => {
@@ -258,11 +296,15 @@ mod tests {
     fn settings(loss: Loss) -> Training {
         Training {
             loss,
+            exclude_seen: false,
             batch: 4,
             learning_rate: 0.01,
+            warmup_steps: 0,
+            decay_steps: None,
             weight_decay: 0.0,
             dropout: 0.3,
             attention_dropout: 0.2,
+            averaging: 0.0,
             seed: 11,
         }
     }
@@ -292,8 +334,8 @@ mod tests {
 
     /// Mean loss of the present batch, its dropout and negatives held fixed by the step's number.
     fn loss_of(trainer: &mut Trainer) -> f64 {
-        let targets = trainer.load_batch();
-        let loss = trainer.gradients(&targets) / targets.len() as f64;
+        trainer.load_batch();
+        let loss = trainer.gradients() / trainer.rows.targets.len() as f64;
         trainer.network_grad.fill(0.0);
         trainer.items_grad.fill(0.0);
         loss
@@ -304,10 +346,11 @@ mod tests {
         let losses =
             [Loss::Full, Loss::Sampled { negatives: 9, log_q: false }, Loss::Sampled { negatives: 9, log_q: true }];
         for loss in losses {
-            for scoring in [Scoring::Dot, Scoring::Cosine { temperature: 0.3 }] {
+            for (scoring, exclude_seen) in [(Scoring::Dot, true), (Scoring::Cosine { temperature: 0.3 }, false)] {
                 let mut trainer = trainer(loss, scoring, Activation::Gelu);
-                let targets = trainer.load_batch();
-                trainer.gradients(&targets);
+                trainer.settings.exclude_seen = exclude_seen;
+                trainer.load_batch();
+                trainer.gradients();
                 let network_grad =
                     std::mem::replace(&mut trainer.network_grad, vec![0.0; trainer.model.parameters.len()]);
                 let items_grad = std::mem::replace(&mut trainer.items_grad, vec![0.0; trainer.model.items.len()]);
@@ -370,25 +413,99 @@ mod tests {
     }
 
     #[test]
-    fn the_sampled_loss_over_all_items_equals_the_full_loss() {
-        let mut full = trainer(Loss::Full, Scoring::Dot, Activation::Gelu);
-        let targets = full.load_batch();
-        let expected = full.gradients(&targets);
+    fn the_losses_equal_their_definition_in_double_precision() {
+        for exclude_seen in [false, true] {
+            let mut trainer = trainer(Loss::Full, Scoring::Dot, Activation::Gelu);
+            trainer.settings.exclude_seen = exclude_seen;
+            trainer.load_batch();
+            let got = trainer.gradients();
+            let hidden: Vec<f32> = trainer.work.iter().flat_map(|w| &w.activations.hidden).copied().collect();
+            let Rows { inputs, starts, targets } = &trainer.rows;
+            let items = &trainer.model.items;
+            let logit = |row: usize, item: usize| {
+                (0..8).map(|i| f64::from(hidden[row * 8 + i]) * f64::from(items[item * 8 + i])).sum::<f64>()
+            };
+            let mut expected = 0.0;
+            for (row, &target) in targets.iter().enumerate() {
+                let had = &inputs[starts[row] as usize..=row];
+                let left_out = |item: u32| exclude_seen && item != target && had.contains(&item);
+                let kept = (0..23u32).filter(|&item| !left_out(item));
+                let sum: f64 = kept.map(|item| logit(row, item as usize).exp()).sum();
+                expected += sum.ln() - logit(row, target as usize);
+            }
+            assert!((got - expected).abs() < 1e-4, "{got} and {expected}");
 
-        let mut sampled = trainer(Loss::Full, Scoring::Dot, Activation::Gelu);
-        sampled.load_batch();
-        let hidden: Vec<f32> = full.work.iter().flat_map(|w| &w.activations.hidden).copied().collect();
-        let negatives = Negatives { items: (0..23).collect(), log_expected: 0.0 };
-        let mut items_grad = vec![0.0; full.items_grad.len()];
-        let mut hidden_grad = vec![0.0; hidden.len()];
-        let batch = Batch { hidden: &hidden, targets: &targets, width: 8 };
-        let loss = sampled_softmax(batch, &full.model.items, &negatives, &mut hidden_grad, &mut items_grad);
-        assert!((loss - expected).abs() < 1e-4, "{loss} and {expected}");
+            // Every item as a negative: the sampled loss is then the full one.
+            let negatives = Negatives { items: (0..23).collect(), log_expected: 0.0 };
+            let seen = exclude_seen.then_some(Seen { inputs, starts });
+            let batch = Batch { hidden: &hidden, targets, width: 8, seen };
+            let (mut hidden_grad, mut items_grad) = (vec![0.0; hidden.len()], vec![0.0; items.len()]);
+            let sampled = sampled_softmax(batch, items, &negatives, &mut hidden_grad, &mut items_grad);
+            assert!((sampled - expected).abs() < 1e-4, "{sampled} and {expected}");
+            let (mut full_hidden, mut full_items) = (hidden_grad.clone(), vec![0.0; items_grad.len()]);
+            full_softmax(&mut Tiles::default(), batch, items, &mut full_hidden, &mut full_items);
+            let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(close(&full_hidden, &hidden_grad) && close(&full_items, &items_grad));
+        }
+    }
 
-        let (mut full_hidden, mut full_items) = (hidden_grad.clone(), vec![0.0; items_grad.len()]);
-        full_softmax(&mut Tiles::default(), batch, &full.model.items, &mut full_hidden, &mut full_items);
-        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
-        assert!(close(&full_hidden, &hidden_grad) && close(&full_items, &items_grad));
+    #[test]
+    fn several_tiles_and_blocks_are_one_loss() {
+        // 700 items are three tiles, 300 rows two blocks; the last tile's items were all seen by the second row.
+        let (items, rows, width) = (700usize, 300usize, 4usize);
+        let wave = |i: usize| ((i * 37 % 101) as f32 / 50.0 - 1.0) * if i.is_multiple_of(13) { 9.0 } else { 1.0 };
+        let vectors: Vec<f32> = (0..items * width).map(wave).collect();
+        let hidden: Vec<f32> = (0..rows * width).map(|i| wave(i + 7)).collect();
+        let targets: Vec<u32> = (0..rows as u32).map(|r| r * 17 % 700).collect();
+        let inputs: Vec<u32> = (0..rows as u32).map(|r| 512 + r % 188).collect();
+        let starts = vec![0; rows];
+        let seen = Some(Seen { inputs: &inputs, starts: &starts });
+        let batch = Batch { hidden: &hidden, targets: &targets, width, seen };
+        let (mut hidden_grad, mut items_grad) = (vec![0.0; hidden.len()], vec![0.0; vectors.len()]);
+        let loss = full_softmax(&mut Tiles::default(), batch, &vectors, &mut hidden_grad, &mut items_grad);
+
+        let (mut expected, mut hidden_wanted) = (0.0, vec![0.0f64; hidden.len()]);
+        let mut items_wanted = vec![0.0f64; vectors.len()];
+        for row in 0..rows {
+            let state = &hidden[row * width..][..width];
+            let vector = |item: usize| &vectors[item * width..][..width];
+            let logit = |item: usize| state.iter().zip(vector(item)).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            let target = targets[row] as usize;
+            let kept: Vec<usize> =
+                (0..items).filter(|&i| i == target || !inputs[..=row].contains(&(i as u32))).collect();
+            let sum: f64 = kept.iter().map(|&i| logit(i).exp()).sum();
+            expected += sum.ln() - logit(target);
+            for &item in &kept {
+                let slope = (logit(item).exp() / sum - f64::from(u8::from(item == target))) / rows as f64;
+                for i in 0..width {
+                    hidden_wanted[row * width + i] += slope * f64::from(vector(item)[i]);
+                    items_wanted[item * width + i] += slope * f64::from(state[i]);
+                }
+            }
+        }
+        assert!((loss / expected - 1.0).abs() < 1e-5, "{loss} and {expected}");
+        let close = |a: &[f32], b: &[f64]| a.iter().zip(b).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5);
+        assert!(close(&hidden_grad, &hidden_wanted) && close(&items_grad, &items_wanted));
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_falls_and_the_average_lags_behind() {
+        let mut trainer = trainer(Loss::Full, Scoring::Dot, Activation::Gelu);
+        trainer.settings = Training { warmup_steps: 2, decay_steps: Some(6), averaging: 0.5, ..trainer.settings };
+        trainer.average = Some(trainer.model.clone());
+        let mut rates = Vec::new();
+        let mut mean = trainer.model.items.clone();
+        for _ in 0..5 {
+            trainer.step().unwrap();
+            rates.push(trainer.learning_rate());
+            // Until the tenth step the first values are let go faster than by a half.
+            let share = 9.0 / (trainer.place.step + 9) as f32;
+            mean.iter_mut().zip(&trainer.model.items).for_each(|(mean, x)| *mean += share.max(0.5) * (x - *mean));
+        }
+        assert_eq!(rates[..2], [0.005, 0.01]);
+        assert!(rates[1..].is_sorted_by(|a, b| a >= b) && rates[4] > 0.0);
+        assert!(trainer.model().items.iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-6));
+        assert_ne!(trainer.model().items, trainer.model.items);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What `sasrec` may learn from, and whom it ranks for: ids become numbers, and held-out items leave training.
+//! What a recommender may learn from, and whom it ranks for: ids become numbers, and held-out items leave training.
+//! Shared by the kinds that learn from sequences of items.
 //!
 //! A user of at least three items is split leave-one-out: the last item is the test target, the one before it the
 //! validation target, and neither is trained on, whether or not the user is to be ranked. Shorter sequences are trained
@@ -23,6 +24,8 @@ pub struct Dataset {
     /// What an item's number stands for.
     pub items: Vec<ItemId>,
     pub training: Vec<Vec<u32>>,
+    /// The validation target that follows each training sequence, where it has one.
+    valid: Vec<Option<u32>>,
     /// Whom to rank for, in the order of the holdout (or of the sequences).
     pub users: Vec<User>,
 }
@@ -50,6 +53,15 @@ impl User {
 }
 
 impl Dataset {
+    /// Training sequences that go on to their validation targets; test targets stay out.
+    pub fn training_and_valid(&self) -> Vec<Vec<u32>> {
+        self.training
+            .iter()
+            .zip(&self.valid)
+            .map(|(items, valid)| items.iter().copied().chain(*valid).collect())
+            .collect()
+    }
+
     /// Items of which training has seen at least one, ascending.
     pub fn trained_items(&self) -> Vec<u32> {
         let mut items: Vec<u32> = self.training.iter().flatten().copied().collect();
@@ -108,6 +120,7 @@ pub fn read(sequences: &Path, holdout: Option<&Path>) -> Result<Dataset, StageEr
     let by_user: FxHashMap<&str, &Holdout> = held_out.iter().map(|h| (h.user.as_str(), h)).collect();
     let mut users: FxHashMap<&str, User> = FxHashMap::default();
     let mut training = Vec::with_capacity(order.len());
+    let mut valid = Vec::with_capacity(order.len());
     for &user in &order {
         let Some((_, items)) = lines.remove(user) else { continue };
         let cut = if items.len() < SHORTEST { items.len() } else { items.len() - 2 };
@@ -118,11 +131,13 @@ pub fn read(sequences: &Path, holdout: Option<&Path>) -> Result<Dataset, StageEr
                 Some(t) => User { id: user.into(), history: items[..cut].to_vec(), valid: t[0], test: t[1] },
                 None => {
                     training.push(items);
+                    valid.push(None);
                     continue;
                 }
             },
         };
         training.push(known.history.clone());
+        valid.push(Some(known.valid));
         users.insert(user, known);
     }
     // Users of the holdout who have no sequence bring their history along.
@@ -130,6 +145,7 @@ pub fn read(sequences: &Path, holdout: Option<&Path>) -> Result<Dataset, StageEr
         if !users.contains_key(held.user.as_str()) {
             let user = number_user(held, None, &mut numbers);
             training.push(user.history.clone());
+            valid.push(Some(user.valid));
             users.insert(&held.user.0, user);
         }
     }
@@ -142,7 +158,7 @@ pub fn read(sequences: &Path, holdout: Option<&Path>) -> Result<Dataset, StageEr
         return Err(StageError::input(holdout.unwrap_or(sequences), "no user can be ranked")
             .help("users need at least three items: one to learn from, one to validate, one to test"));
     }
-    Ok(Dataset { items: numbers.items, training, users })
+    Ok(Dataset { items: numbers.items, training, valid, users })
 }
 
 /// A user of the holdout in numbers. The sequence's history is the longer one where both agree on the targets.
@@ -189,6 +205,7 @@ mod tests {
         let query = data.users[0].query(Split::Valid);
         assert_eq!((query.history, query.target), (vec![0, 1], 2));
         assert_eq!(data.trained_items(), [0, 1]);
+        assert_eq!(data.training_and_valid(), [vec![0, 1, 2], vec![0, 1], vec![1, 2]]);
     }
 
     #[test]
