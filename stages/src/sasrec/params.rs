@@ -137,7 +137,7 @@ impl Default for Params {
             weight_decay: 0.0,
             dropout: 0.5,
             attention_dropout: 0.5,
-            averaging: 0.0,
+            averaging: 0.998,
             epochs: 60,
             evaluate_every: 2,
             patience: 3,
