@@ -146,6 +146,24 @@ mod tests {
     }
 
     #[test]
+    fn a_refit_model_ranks_test_items_and_nothing_else() {
+        let mut with = small();
+        with["refit"] = json!(true);
+        let inputs = [("sequences", &*circle())];
+        let (plain, refit) = (run("sasrec", small(), &inputs).unwrap(), run("sasrec", with, &inputs).unwrap());
+        let rankings = |ran: &crate::testing::Ran, split: &str| -> Vec<serde_json::Value> {
+            ran.lines("rankings").into_iter().filter(|r| r["split"] == split).collect()
+        };
+        assert_eq!(rankings(&plain, "valid"), rankings(&refit, "valid"));
+        assert_ne!(rankings(&plain, "test"), rankings(&refit, "test"));
+        assert_eq!(plain.text("similar_items"), refit.text("similar_items"));
+        let (plain, refit) = (plain.json("report"), refit.json("report"));
+        assert_eq!((&plain["valid"], &plain["test"]), (&refit["valid"], &refit["test"]));
+        assert!(plain["test_refit"].is_null());
+        assert!(refit["test_refit"]["unseen_items"]["recall@10"].as_f64() > Some(0.9), "{refit}");
+    }
+
+    #[test]
     fn threads_change_nothing() {
         let inputs = [("sequences", &*circle())];
         let (one, three) =
@@ -173,16 +191,19 @@ mod tests {
     #[test]
     fn a_stopped_attempt_goes_on_to_the_same_result() {
         let bench = Bench::new().input("sequences", circle());
-        let whole = bench.run("sasrec", small()).unwrap();
+        let mut with = small();
+        with["refit"] = json!(true);
+        let whole = bench.run("sasrec", with.clone()).unwrap();
         let expected = (whole.text("rankings"), whole.text("curve"));
 
         let folder = tempfile::tempdir().unwrap();
         let (input, scratch) = (folder.path().join("sequences.txt"), folder.path().join("scratch"));
         fs::write(&input, circle()).unwrap();
         fs::create_dir(&scratch).unwrap();
-        let params: Params = serde_json::from_value(small()).unwrap();
+        let params: Params = serde_json::from_value(with).unwrap();
         let mut attempts = 0;
-        let outputs = ["model", "similar_items", "rankings", "curve"].map(|o| (o.to_owned(), folder.path().join(o)));
+        let outputs =
+            ["model", "similar_items", "rankings", "report", "curve"].map(|o| (o.to_owned(), folder.path().join(o)));
         loop {
             attempts += 1;
             let stop = crate::StopFlag::default();
