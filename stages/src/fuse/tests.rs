@@ -52,9 +52,10 @@ fn weights_come_from_validation_even_where_test_says_otherwise() {
     // `good` is right on validation and wrong on test; `bad` the other way round.
     let (mut good, mut bad) = (String::new(), String::new());
     for user in 0..10 {
-        let (right, wrong): (&[(&str, f64)], &[(&str, f64)]) = (&[("hit", 2.0), ("x", 1.0)], &[("y", 2.0), ("z", 1.0)]);
-        good += &(line(user, "valid", "hit", right) + &line(user, "test", "hit", wrong));
-        bad += &(line(user, "valid", "hit", wrong) + &line(user, "test", "hit", right));
+        let right = [("hit", 2.0), ("x", 1.0)];
+        let wrong = [("y", 2.0), ("z", 1.0)];
+        good += &(line(user, "valid", "hit", &right) + &line(user, "test", "hit", &wrong));
+        bad += &(line(user, "valid", "hit", &wrong) + &line(user, "test", "hit", &right));
     }
     let with = json!({"methods": ["reciprocal_rank"], "k": 1});
     let ran = run("fuse", with, &[("good", &good), ("bad", &bad)]).unwrap();
