@@ -60,6 +60,18 @@ trait Visitor {
     fn visit(&mut self, place: Ingredient, canonical: &str);
 }
 
+/// Hashes each ingredient, with its place and its length in front.
+struct Hash(blake3::Hasher);
+
+impl Visitor for Hash {
+    fn visit(&mut self, place: Ingredient, canonical: &str) {
+        for text in [place.to_string().as_str(), canonical] {
+            self.0.update(&(text.len() as u64).to_le_bytes());
+            self.0.update(text.as_bytes());
+        }
+    }
+}
+
 /// Where an ingredient belongs; how a difference in it is told.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Ingredient {
@@ -149,18 +161,19 @@ impl Manifest {
 
     /// The BLAKE3 hash of all ingredients, each with its place and its length in front.
     pub fn key(&self) -> ActionKey {
-        struct Hash(blake3::Hasher);
-        impl Visitor for Hash {
-            fn visit(&mut self, place: Ingredient, canonical: &str) {
-                for text in [place.to_string().as_str(), canonical] {
-                    self.0.update(&(text.len() as u64).to_le_bytes());
-                    self.0.update(text.as_bytes());
-                }
-            }
-        }
         let mut hash = Hash(blake3::Hasher::new());
         self.walk(&mut hash);
         ActionKey(Digest::from(hash.0.finalize()))
+    }
+
+    /// The digest of a `command`'s text, declared code and declared variables: what its rows' keys are made of, beside
+    /// each row's content. `None` for other kinds.
+    pub fn program(&self) -> Option<Digest> {
+        let run = self.params.get("run").and_then(Value::as_str).filter(|_| self.kind == "command")?;
+        let mut hash = Hash(blake3::Hasher::new());
+        hash.visit(Ingredient::Param("run".into()), run);
+        self.walk_program(&mut hash);
+        Some(Digest::from(hash.0.finalize()))
     }
 
     /// What differs from an earlier manifest, in the order of the walk.
@@ -198,6 +211,16 @@ impl Manifest {
         for (port, digest) in &self.inputs {
             visitor.visit(Ingredient::Input(port.clone()), &digest.hex());
         }
+        self.walk_program(visitor);
+        if let Some(device) = self.device {
+            visitor.visit(Ingredient::Device, if device == DeviceClass::Cpu { "cpu" } else { "cuda" });
+        }
+        for (port, file) in &self.outputs {
+            visitor.visit(Ingredient::Output(port.clone()), file);
+        }
+    }
+
+    fn walk_program(&self, visitor: &mut dyn Visitor) {
         for (path, digest) in &self.code_files {
             visitor.visit(Ingredient::CodeFile(path.clone()), &digest.hex());
         }
@@ -208,12 +231,6 @@ impl Manifest {
             // Quoted, so that no value looks like an unset variable.
             let canonical = value.as_ref().map_or_else(|| "unset".into(), |v| format!("{v:?}"));
             visitor.visit(Ingredient::Env(name.clone()), &canonical);
-        }
-        if let Some(device) = self.device {
-            visitor.visit(Ingredient::Device, if device == DeviceClass::Cpu { "cpu" } else { "cuda" });
-        }
-        for (port, file) in &self.outputs {
-            visitor.visit(Ingredient::Output(port.clone()), file);
         }
     }
 }

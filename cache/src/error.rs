@@ -36,6 +36,8 @@ pub enum StoreError {
     BadManifest { digest: Digest, line: usize, what: &'static str },
     #[error("`{name}` is not a name of {what}: wanted letters, digits, `.`, `_` and `-`")]
     BadName { what: &'static str, name: String },
+    #[error("the export of rows is damaged or cut short: {what}")]
+    BadExport { what: &'static str },
     #[error("no {what} is called `{name}`")]
     Unknown { what: &'static str, name: String },
 }
@@ -71,6 +73,7 @@ impl StoreError {
             StoreError::NotUtf8 { .. } => "rename the file".into(),
             StoreError::Changing { .. } => "wait until the program that writes it has finished, then run again".into(),
             StoreError::Missing { .. } | StoreError::BadManifest { .. } => "run the pipeline again: the stage that made it will be repeated".into(),
+            StoreError::BadExport { .. } => "rows before the damage were taken in; export again, and import that".into(),
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "check the owner and the mode of that path".into(),
             StoreError::Io { .. } | StoreError::OpenedForReading { .. } | StoreError::BadName { .. } | StoreError::Unknown { .. } => return None,
         })

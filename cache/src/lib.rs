@@ -13,6 +13,7 @@
 //! * **A blob is trusted by its stat signature** (device, inode, size, mtime, ctime) as this store left it, and
 //!   hashed again when the signature differs. Blobs carry a modification time older than their ingestion, so any
 //!   write shows, even within one clock tick. A blob that is not what its name says goes to `quarantine/`.
+//! * **Results of single rows** are kept beside those of actions: see [`rows`].
 //! * **Nobody waits for anybody** except for the same action. Records, blobs and index entries are written without locks.
 
 mod blobs;
@@ -30,6 +31,7 @@ mod materialise;
 mod pins;
 mod process;
 mod record;
+pub mod rows;
 mod scratch;
 mod signature;
 mod signature_log;

@@ -15,6 +15,7 @@ mod logs;
 mod pin;
 mod plan;
 mod request;
+mod rows;
 mod run;
 mod schema;
 mod stages;
@@ -68,6 +69,7 @@ pub enum Verb {
     Unpin(pin::UnpinArgs),
     Doctor(doctor::Args),
     Dag(dag::Args),
+    Rows(rows::Args),
     Stages(stages::Args),
     Schema(schema::Args),
     Completions(completions::Args),
@@ -119,6 +121,7 @@ fn dispatch(cli: Cli) -> Result<Code, CliError> {
         Verb::Unpin(args) => pin::unpin(args, &cli.global),
         Verb::Doctor(args) => doctor::run(args, &cli.global),
         Verb::Dag(args) => dag::run(args),
+        Verb::Rows(args) => rows::run(args, &cli.global),
         Verb::Schema(args) => schema::run(args),
         Verb::Stages(args) => stages::run(args),
         Verb::Completions(args) => completions::run(args),

@@ -1,5 +1,7 @@
 //! `grlm plan`: what would run, and why.
 
+use std::time::Duration;
+
 use grlm_cache::{Access, Store};
 use serde_json::json;
 
@@ -12,10 +14,12 @@ use super::{
 use crate::{
     device,
     engine::{
+        rows::{self, RowsForeseen},
         run::{Foreseen, foresee},
         work::Work,
     },
     error::CliError,
+    events::human_duration,
     exit_codes::Code,
 };
 
@@ -84,35 +88,59 @@ pub fn show(work: &Work, global: &Global, as_json: bool) -> Result<Code, CliErro
     let mut lines = Vec::new();
     let mut count = [0usize; 3];
     for (id, foreseen) in plan.iter().enumerate() {
-        let (what, why) = match foreseen {
+        let (what, why, rows) = match foreseen {
             Foreseen::UpToDate(_) => {
                 count[0] += 1;
-                ("cached", String::new())
+                ("cached", String::new(), None)
             }
-            Foreseen::Run { reason, .. } => {
+            Foreseen::Run { reason, action } => {
                 count[1] += 1;
-                ("run", reason.clone())
+                ("run", reason.clone(), rows::foresee(&store, work.stage(id), &work.nodes[id], action))
             }
             Foreseen::Maybe { waits_for } => {
                 count[2] += 1;
-                ("maybe", format!("waits for `{waits_for}`"))
+                ("maybe", format!("waits for `{waits_for}`"), None)
             }
             Foreseen::Left => continue,
         };
-        lines.push((work.nodes[id].label.as_str(), what, why));
+        lines.push((work.nodes[id].label.as_str(), what, why, rows));
     }
     if as_json {
-        let stages: Vec<_> =
-            lines.iter().map(|(stage, what, why)| json!({"stage": stage, "action": what, "reason": why})).collect();
+        let stages: Vec<_> = lines
+            .iter()
+            .map(|(stage, what, why, rows)| {
+                let mut line = json!({"stage": stage, "action": what, "reason": why});
+                if let Some(rows) = rows {
+                    line["rows"] = json!({
+                        "unit": rows.unit, "total": rows.total, "missing": rows.missing, "seconds": rows.seconds,
+                    });
+                }
+                line
+            })
+            .collect();
         println!("{}", serde_json::Value::Array(stages));
         return Ok(Code::Ok);
     }
     if !global.quiet {
         let width = lines.iter().map(|(stage, ..)| stage.chars().count()).max().unwrap_or(0);
-        for (stage, what, why) in &lines {
+        for (stage, what, why, rows) in &lines {
             println!("{}", format!("{what:<7} {stage:<width$}  {why}").trim_end());
+            if let Some(rows) = rows {
+                println!("{:<7} {:<width$}  {}", "", "", in_words(rows));
+            }
         }
     }
     println!("{} cached, {} to run, {} maybe", count[0], count[1], count[2]);
     Ok(Code::Ok)
+}
+
+/// `12 of 3,000 items are missing, about 4 s`.
+fn in_words(rows: &RowsForeseen) -> String {
+    let RowsForeseen { unit, total, missing, .. } = rows;
+    let time = match rows.seconds {
+        _ if *missing == 0 => String::new(),
+        Some(seconds) => format!(", about {}", human_duration(Duration::from_secs_f64(seconds.min(1e9)))),
+        None => ", how long one takes is not known yet".to_owned(),
+    };
+    format!("{missing} of {total} {unit}s are missing{time}")
 }

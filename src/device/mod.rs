@@ -83,7 +83,7 @@ pub enum Selection {
 impl FromStr for Selection {
     type Err = String;
 
-    /// `all`, `none`, `0,2`, `sim:8x80GiB`, `sim:2x80GiB+4x24GiB`.
+    /// `all`, `none`, `0,2`, `sim:8` (of 80 GiB each), `sim:8x80GiB`, `sim:2x80GiB+4x24GiB`.
     fn from_str(text: &str) -> Result<Self, String> {
         const FORMS: &str = "expected `all`, `none`, numbers as in `0,2`, or `sim:8x80GiB`";
         match text {
@@ -104,7 +104,7 @@ impl FromStr for Selection {
         };
         let mut sizes = Vec::new();
         for group in simulated.split('+') {
-            let (count, size) = group.split_once('x').ok_or_else(|| format!("`{group}`: {FORMS}"))?;
+            let (count, size) = group.split_once('x').unwrap_or((group, "80GiB"));
             let count = count.parse().ok().filter(|n| (1..=1024).contains(n));
             let count: usize = count.ok_or_else(|| format!("`{group}` must name between 1 and 1024 devices"))?;
             let size = parse_bytes(size).filter(|s| *s > 0).ok_or_else(|| format!("`{size}` is no size: {FORMS}"))?;
@@ -145,9 +145,9 @@ mod tests {
         assert_eq!(read("none"), Ok(Selection::None));
         assert_eq!(read("0,2"), Ok(Selection::Only(vec![0, 2])));
         assert_eq!(read("sim:2x80GiB"), Ok(Selection::Simulated(vec![80 << 30; 2])));
+        assert_eq!(read("sim:2"), read("sim:2x80GiB"));
         assert_eq!(read("sim:1x2KiB+2x1KiB"), Ok(Selection::Simulated(vec![2048, 1024, 1024])));
-        for wrong in ["", "x", "0,0", "0,", "sim:", "sim:8", "sim:0x1GiB", "sim:99999x1GiB", "sim:2x0GiB", "sim:1x1PiB"]
-        {
+        for wrong in ["", "x", "0,0", "0,", "sim:", "sim:0x1GiB", "sim:99999x1GiB", "sim:2x0GiB", "sim:1x1PiB"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
     }

@@ -154,9 +154,15 @@ impl Pool {
         self.gpus.iter().copied().enumerate().filter(|(index, _)| !self.lost.contains(index))
     }
 
-    /// The request as this machine grants it: at least one core, and no more than there are.
+    /// The request as this machine grants it: at least one core, and no more than there are; a number for "all GPUs".
     pub fn clamp(&self, request: Request) -> Request {
-        Request { cpus: request.cpus.clamp(1, self.cpus), ..request }
+        let gpus = match request.gpus {
+            Resources::ALL_GPUS => {
+                self.present().filter(|(_, memory)| *memory >= request.gpu_memory.unwrap_or(0)).count() as u32
+            }
+            number => number,
+        };
+        Request { cpus: request.cpus.clamp(1, self.cpus), gpus, ..request }
     }
 
     /// Whether the request could be granted if nothing was in use.
@@ -164,6 +170,7 @@ impl Pool {
     /// # Errors
     /// What is asked for, and what there is.
     pub fn check(&self, request: Request) -> Result<(), Unfit> {
+        let request = self.clamp(request);
         if request.memory > self.memory {
             let (needs, has) = (human_bytes(request.memory), human_bytes(self.memory));
             return Err(Unfit { needs: format!("{needs} of memory"), has });

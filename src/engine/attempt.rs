@@ -58,6 +58,8 @@ pub struct Leased {
     pub cpus: usize,
     /// UUIDs or numbers, as `CUDA_VISIBLE_DEVICES` takes them.
     pub gpus: Vec<String>,
+    /// Leased GPUs that are not there.
+    pub simulated: usize,
 }
 
 /// Which try of a job this is.
@@ -229,6 +231,9 @@ impl Workshop {
         spec.threads = leased.cpus.max(1);
         spec.devices = (0..leased.gpus.len()).map(Device::Cuda).collect();
         spec.visible_devices.clone_from(&leased.gpus);
+        spec.simulated_devices = leased.simulated;
+        spec.identity = job.action.identity();
+        spec.rows = Some(self.store.rows().folder().to_owned());
         spec.env = job.env.iter().filter_map(|name| Some((name.clone(), std::env::var(name).ok()?))).collect();
         spec.pass_env.clone_from(&job.pass_env);
         spec.secrets.clone_from(&job.secrets);

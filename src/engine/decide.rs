@@ -6,7 +6,7 @@ use std::{
 };
 
 use grlm_cache::{ActionKey, ActionSummary, Content, Store, StoreError};
-use grlm_stages::hub::PinnedModel;
+use grlm_stages::{context::Identity, hub::PinnedModel};
 use rayon::prelude::*;
 
 use super::{
@@ -87,6 +87,13 @@ impl Action {
         let manifest = Manifest::new(stage, digests, code, identities, env, device_class(stage));
         let models = pinned.into_iter().map(|(place, model)| (place, model.model)).collect();
         Self { key: manifest.key(), manifest, inputs, models }
+    }
+
+    /// What the keys of the stage's rows may be made of.
+    pub fn identity(&self) -> Identity {
+        let inputs = self.inputs.iter().map(|(port, content)| (port.clone(), content.digest.hex())).collect();
+        let program = self.manifest.program().map(|digest| digest.hex());
+        Identity { inputs, models: self.manifest.models.clone(), program }
     }
 }
 

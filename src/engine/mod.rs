@@ -7,6 +7,7 @@
 //! | `history` | what each stage stood for last time |
 //! | `attempt` | one action from lock to record |
 //! | `measured` | what stages were seen to need |
+//! | `rows` | how many rows of a stage are missing |
 //! | `run` | the loop |
 //! | `shortcut` | the loop spared, where nothing at all has changed |
 
@@ -15,6 +16,7 @@ pub mod decide;
 pub mod history;
 pub mod measured;
 mod models;
+pub mod rows;
 pub mod run;
 pub mod shortcut;
 pub mod work;

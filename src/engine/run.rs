@@ -19,6 +19,7 @@ use super::{
     decide::{self, Action, Answer, Files},
     history::History,
     measured::Measured,
+    rows,
     work::{NodeId, Permission, Source, Work, producers},
 };
 use crate::{
@@ -246,7 +247,14 @@ impl Engine<'_> {
             tokio::select! {
                 () = tokio::time::sleep(Dispatcher::POLL), if poll => self.look_elsewhere(),
                 message = messages.recv() => match message {
-                    Some(Message::Event(id, attempt, body)) => self.emit(Some(id), Some(attempt), body),
+                    Some(Message::Event(id, attempt, body)) => {
+                        if let Body::Metric { name, value: Some(seconds), .. } = &body
+                            && name == rows::SECONDS_PER_ROW
+                        {
+                            rows::remember(&self.workshop.store, &self.work.nodes[id].label, *seconds);
+                        }
+                        self.emit(Some(id), Some(attempt), body);
+                    }
                     Some(Message::Ended(id, end, tried)) => self.ended(id, *end, tried),
                     None => break,
                 },
@@ -443,7 +451,8 @@ impl Engine<'_> {
         let logs: Vec<PathBuf> =
             (1..=tried.attempts + policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
         let machine = self.dispatcher.machine();
-        let leased = Leased { cpus: lease.cpus as usize, gpus: machine.visible_devices(&lease) };
+        let gpus = machine.visible_devices(&lease);
+        let leased = Leased { cpus: lease.cpus as usize, simulated: lease.gpus.len() - gpus.len(), gpus };
         let devices = machine.names(&lease);
         self.leases.insert(id, lease);
         tokio::task::spawn_local(async move {

@@ -1,7 +1,7 @@
 //! Running one attempt of a stage as a process of its own.
 //!
 //! [`AttemptSpec`] is all that a worker needs, written as `attempt.json` into the attempt's folder; [`worker`] is the
-//! program behind the hidden verb `__worker`; [`Launcher`] starts one on this machine and watches it to its end;
+//! program behind the hidden verb `__worker`, and [`rows`] its way into the store's rows; [`Launcher`] starts one on this machine and watches it to its end;
 //! [`retry`] says whether a failure is worth another attempt. Which stage runs when, and on what, is
 //! [`crate::schedule`]'s business; where results go afterwards is the engine's.
 
@@ -12,6 +12,7 @@ pub mod outcome;
 pub mod process;
 pub mod redact;
 pub mod retry;
+pub mod rows;
 pub mod spec;
 pub mod worker;
 

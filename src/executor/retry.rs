@@ -29,8 +29,10 @@ impl RetryPolicy {
             // The same input gives the same error.
             Failure::WrongInput | Failure::Stopped | Failure::Bug => 0,
             Failure::OutOfMemory if self.shrinks => self.retries.unwrap_or(3),
-            Failure::Environment | Failure::Killed => self.retries.unwrap_or(1),
-            Failure::OutOfMemory | Failure::Timeout | Failure::Command => self.retries.unwrap_or(0),
+            Failure::Environment | Failure::Killed | Failure::DeviceLost => self.retries.unwrap_or(1),
+            Failure::OutOfMemory | Failure::Timeout | Failure::Command | Failure::FailedRows => {
+                self.retries.unwrap_or(0)
+            }
         }
     }
 
@@ -54,7 +56,7 @@ impl RetryPolicy {
 mod tests {
     use super::*;
 
-    const ALL: [Failure; 8] = [
+    const ALL: [Failure; 10] = [
         Failure::WrongInput,
         Failure::OutOfMemory,
         Failure::Timeout,
@@ -62,6 +64,8 @@ mod tests {
         Failure::Stopped,
         Failure::Environment,
         Failure::Command,
+        Failure::FailedRows,
+        Failure::DeviceLost,
         Failure::Bug,
     ];
 
@@ -71,10 +75,11 @@ mod tests {
         let tried_again = |policy: RetryPolicy| -> Vec<Failure> {
             ALL.into_iter().filter(|f| policy.decide(*f, 1) != Retry::GiveUp).collect()
         };
-        assert_eq!(tried_again(plain), [Failure::Killed, Failure::Environment]);
+        assert_eq!(tried_again(plain), [Failure::Killed, Failure::Environment, Failure::DeviceLost]);
         assert_eq!(tried_again(RetryPolicy { retries: Some(0), shrinks: true }), []);
         assert_eq!(tried_again(RetryPolicy { retries: Some(2), shrinks: false }), {
-            [Failure::OutOfMemory, Failure::Timeout, Failure::Killed, Failure::Environment, Failure::Command]
+            let programs = [Failure::Command, Failure::FailedRows, Failure::DeviceLost];
+            [&[Failure::OutOfMemory, Failure::Timeout, Failure::Killed, Failure::Environment][..], &programs].concat()
         });
         let shrinking = RetryPolicy { retries: None, shrinks: true };
         assert_eq!(shrinking.decide(Failure::OutOfMemory, 3), Retry::After(Duration::ZERO));

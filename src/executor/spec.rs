@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use grlm_stages::{Device, hub::PinnedModel};
+use grlm_stages::{Device, context::Identity, hub::PinnedModel};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -31,17 +31,23 @@ pub struct AttemptSpec {
     /// Pretrained models by the parameter that names each.
     #[serde(default)]
     pub models: BTreeMap<String, PinnedModel>,
+    /// Digests of the inputs and of a `command`'s program, for the keys of rows.
+    pub identity: Identity,
     /// Port → path that does not exist yet, in a folder that does.
     pub outputs: BTreeMap<String, PathBuf>,
     /// Where unfinished work survives a failed attempt.
     pub scratch: PathBuf,
+    /// The store's folder of rows; without it, results of rows are not kept.
+    pub rows: Option<PathBuf>,
     /// The working directory.
     pub directory: PathBuf,
     /// Leased cores.
     pub threads: usize,
     /// Leased devices as the worker numbers them.
     pub devices: Vec<Device>,
-    /// The same devices by UUID: the value of `CUDA_VISIBLE_DEVICES`. Empty hides every GPU.
+    /// Leased devices that are made up (`--devices sim:…`).
+    pub simulated_devices: usize,
+    /// [`Self::devices`] by UUID: the value of `CUDA_VISIBLE_DEVICES`. Empty hides every GPU.
     pub visible_devices: Vec<String>,
     /// Declared variables with their values.
     pub env: BTreeMap<String, String>,
@@ -66,11 +72,14 @@ impl AttemptSpec {
             params,
             inputs: BTreeMap::new(),
             models: BTreeMap::new(),
+            identity: Identity::default(),
             outputs: BTreeMap::new(),
             scratch: scratch.to_owned(),
+            rows: None,
             directory: directory.to_owned(),
             threads: 1,
             devices: Vec::new(),
+            simulated_devices: 0,
             visible_devices: Vec::new(),
             env: BTreeMap::new(),
             pass_env: Vec::new(),

@@ -1,5 +1,5 @@
-//! The worker: reads `attempt.json`, runs the stage, tells the launcher what happens. Nothing else: no store, no
-//! keys, no retries.
+//! The worker: reads `attempt.json`, runs the stage, tells the launcher what happens. Nothing else: no actions, no
+//! keys, no retries. Of the store it uses the rows alone.
 //!
 //! Its standard input is the channel for events, one JSON object a line; started by hand, with no channel, it writes
 //! them to `events.jsonl` in the attempt's folder. Standard output and error go wherever the launcher put them.
@@ -24,7 +24,7 @@ use grlm_stages::{StageContext, StageError, StopFlag, WorkerEvent};
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
-use super::{AttemptSpec, process};
+use super::{AttemptSpec, process, rows::StoreRows};
 
 /// One line from the worker to the launcher.
 #[derive(Debug, Serialize, Deserialize)]
@@ -129,7 +129,12 @@ fn run(folder: &Path, stop: StopFlag, channel: &Arc<Mutex<Channel>>) -> Result<(
         move |event| sink.lock().unwrap_or_else(PoisonError::into_inner).event(event)
     })
     .with_attempt(spec.attempt, spec.out_of_memory)
-    .with_models(spec.models);
+    .with_models(spec.models)
+    .with_simulated_devices(spec.simulated_devices)
+    .with_identity(spec.identity);
+    if let Some(rows) = &spec.rows {
+        cx = cx.with_rows(StoreRows::new(rows));
+    }
     note_panics();
     let params = spec.params;
     thread::Builder::new()

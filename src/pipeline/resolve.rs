@@ -140,6 +140,12 @@ impl Draft {
                 }
             }
         }
+        let inputs: Vec<&str> = spec.inputs.keys().map(String::as_str).collect();
+        let outputs: Vec<&str> = self.outputs.iter().map(|o| o.name.as_ref()).collect();
+        let issues = kind.check_ports(&params, &inputs, &outputs);
+        self.mistakes.extend(
+            issues.into_iter().map(|i| Mistake::value(&below(&at, &keys(&i.path)), i.message).maybe_help(i.help)),
+        );
         if kind.name() == COMMAND {
             self.check_run(&params, spec);
         } else if !spec.code.is_empty() {
@@ -154,12 +160,18 @@ impl Draft {
     fn override_resources(&mut self, spec: &StageSpec) {
         let wanted = &spec.resources;
         let resources = &mut self.resources;
-        resources.gpus = wanted.gpus.unwrap_or(resources.gpus);
         resources.share = wanted.share.unwrap_or(resources.share);
+        resources.gpus = wanted.gpus.map_or(resources.gpus, |g| g.0);
         resources.cpus = wanted.cpus.unwrap_or(resources.cpus);
         resources.memory = wanted.memory.map_or(resources.memory, |m| m.0);
         if let Some(memory) = wanted.gpu_memory {
             resources.gpu_memory = Some(memory.0);
+        }
+        let undecided = resources.gpus == Resources::ALL_GPUS && self.kind.is_some_and(|k| k.floating_point());
+        if undecided {
+            let at = below(&self.at, &["resources", "gpus"]);
+            let message = "results of this kind differ in their last bits between CPU and GPU: say how many GPUs";
+            self.mistakes.push(Mistake::value(&at, message).help("a number; 0 computes on the CPU"));
         }
         if resources.cpus == 0 {
             let at = below(&self.at, &["resources", "cpus"]);

@@ -3,6 +3,7 @@
 
 use std::{fmt, time::Duration};
 
+use grlm_stages::Resources;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de::Error as _};
 use serde_json::{Map, Value};
@@ -99,9 +100,9 @@ pub(crate) struct DeclaredOutput {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ResourcesSpec {
-    /// Whole GPUs, all at once or not at all.
+    /// Whole GPUs, all at once or not at all; `all` takes every one that the run may use, and the CPU where there is none.
     #[serde(default)]
-    pub gpus: Option<u32>,
+    pub gpus: Option<GpuCount>,
     /// Memory needed on each GPU (`40GiB`): several stages may then share one. Without it a GPU is taken whole.
     #[serde(default)]
     pub gpu_memory: Option<Bytes>,
@@ -149,6 +150,26 @@ pub(crate) struct Span(pub Duration);
 #[schemars(with = "TextOrNumber")]
 pub(crate) struct Bytes(pub u64);
 
+/// A number of GPUs, or `all`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "AllOrNumber")]
+pub(crate) struct GpuCount(pub u32);
+
+#[derive(JsonSchema)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "a shape for the schema")]
+enum AllOrNumber {
+    All(All),
+    Number(u32),
+}
+
+#[derive(JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[allow(dead_code, reason = "a shape for the schema")]
+enum All {
+    All,
+}
+
 #[derive(JsonSchema)]
 #[serde(untagged)]
 #[allow(dead_code, reason = "a shape for the schema")]
@@ -177,6 +198,19 @@ impl<'de> Deserialize<'de> for Span {
             .and_then(|s| Duration::try_from_secs_f64(s).ok())
             .map(Self)
             .ok_or_else(|| D::Error::custom(format!("expected {HELP}, found {}", Shown(&value))))
+    }
+}
+
+impl<'de> Deserialize<'de> for GpuCount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let count = match &value {
+            Value::String(text) if text == "all" => Some(Resources::ALL_GPUS),
+            Value::Number(n) => n.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n < Resources::ALL_GPUS),
+            _ => None,
+        };
+        let wrong = || D::Error::custom(format!("expected a number of GPUs, or `all`, found {}", Shown(&value)));
+        count.map(Self).ok_or_else(wrong)
     }
 }
 

@@ -1,15 +1,12 @@
 //! Running stages redrawn in place at the foot of a terminal, and what has happened in lines above them.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, time::Duration};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{
     Reporter,
-    plain::{how_far, line},
+    plain::{Pace, line},
 };
 use crate::events::{Body, Counts, Event, human_duration};
 
@@ -32,7 +29,7 @@ pub struct Fancy {
 /// A running stage.
 struct Live {
     bar: ProgressBar,
-    began: Instant,
+    pace: Pace,
     /// The last figure that it told, such as `loss 2.31`.
     figure: String,
 }
@@ -62,7 +59,7 @@ impl Fancy {
         if let Some(seconds) = self.estimates.get(stage) {
             bar.set_message(format!("took {} last time", human_duration(Duration::from_secs_f64(*seconds))));
         }
-        let live = Live { bar, began: Instant::now(), figure: String::new() };
+        let live = Live { bar, pace: Pace::new(), figure: String::new() };
         if let Some(earlier) = self.running.insert(stage.to_owned(), live) {
             earlier.bar.finish_and_clear();
         }
@@ -123,8 +120,8 @@ impl Reporter for Fancy {
                 return;
             }
             Body::Progress { done, total, unit } => {
-                if let Some(live) = self.running.get(stage) {
-                    live.bar.set_message(how_far(*done, *total, unit, live.began.elapsed()) + &live.figure);
+                if let Some(live) = self.running.get_mut(stage) {
+                    live.bar.set_message(live.pace.how_far(*done, *total, unit) + &live.figure);
                 }
                 return;
             }

@@ -12,7 +12,28 @@ use crate::events::{Body, Event, Outcome, human_bytes, human_duration};
 /// A line a change on stderr; progress at most every two seconds a stage.
 #[derive(Default)]
 pub struct Plain {
-    progress: HashMap<String, (Instant, Instant)>,
+    progress: HashMap<String, (Pace, Instant)>,
+}
+
+/// How a stage gets on. What was done before its first word (rows that were known, steps of an earlier attempt) is no
+/// speed of this attempt.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pace {
+    began: Instant,
+    at_first: Option<u64>,
+}
+
+impl Pace {
+    /// Of a stage that starts now.
+    pub fn new() -> Self {
+        Self { began: Instant::now(), at_first: None }
+    }
+
+    /// `120/500 items, 40.0/s, 10 s left`. A `total` of 0 is not known.
+    pub fn how_far(&mut self, done: u64, total: u64, unit: &str) -> String {
+        let at_first = *self.at_first.get_or_insert(if done > 1 { done } else { 0 });
+        how_far(done, total, unit, done.saturating_sub(at_first), self.began.elapsed())
+    }
 }
 
 /// Between two lines of progress of one stage.
@@ -23,17 +44,16 @@ impl Reporter for Plain {
         let stage = event.stage.as_deref().unwrap_or_default();
         match &event.body {
             Body::Started { .. } => {
-                let now = Instant::now();
-                self.progress.insert(stage.to_owned(), (now, now));
+                self.progress.insert(stage.to_owned(), (Pace::new(), Instant::now()));
             }
             Body::Progress { done, total, unit } => {
                 let now = Instant::now();
-                let (began, last) = self.progress.entry(stage.to_owned()).or_insert((now, now));
+                let (pace, last) = self.progress.entry(stage.to_owned()).or_insert((Pace::new(), now));
+                let text = pace.how_far(*done, *total, unit);
                 if now.duration_since(*last) < EVERY {
                     return;
                 }
                 *last = now;
-                let text = how_far(*done, *total, unit, now.duration_since(*began));
                 let _ = writeln!(std::io::stderr(), "{stage}: {text}");
                 return;
             }
@@ -45,13 +65,13 @@ impl Reporter for Plain {
     }
 }
 
-/// How far a stage is after `elapsed`: `120/500 items, 40.0/s, 10 s left`. A `total` of 0 is not known.
-pub(super) fn how_far(done: u64, total: u64, unit: &str, elapsed: Duration) -> String {
-    let rate = done as f64 / elapsed.as_secs_f64().max(1e-3);
+/// How far a stage is that did `made` of it in `elapsed`.
+fn how_far(done: u64, total: u64, unit: &str, made: u64, elapsed: Duration) -> String {
+    let rate = made as f64 / elapsed.as_secs_f64().max(1e-3);
     let amount = |n: u64| if unit == "byte" { human_bytes(n) } else { n.to_string() };
     let speed = if unit == "byte" { format!("{}/s", human_bytes(rate as u64)) } else { format!("{rate:.1}/s") };
     let units = if unit == "byte" { String::new() } else { format!(" {unit}s") };
-    if total == 0 || done == 0 {
+    if total == 0 || made == 0 {
         let of = if total == 0 { String::new() } else { format!("/{}", amount(total)) };
         return format!("{}{of}{units}, {speed}", amount(done));
     }
@@ -120,9 +140,10 @@ mod tests {
     #[test]
     fn progress_gives_speed_and_time_left() {
         let after = |s| Duration::from_secs(s);
-        assert_eq!(how_far(120, 520, "item", after(3)), "120/520 items, 40.0/s, 10 s left");
-        assert_eq!(how_far(0, 10, "step", after(1)), "0/10 steps, 0.0/s");
-        assert_eq!(how_far(3 << 20, 6 << 20, "byte", after(3)), "3.0 MiB/6.0 MiB, 1.0 MiB/s, 3.0 s left");
-        assert_eq!(how_far(7, 0, "row", after(7)), "7 rows, 1.0/s");
+        assert_eq!(how_far(120, 520, "item", 120, after(3)), "120/520 items, 40.0/s, 10 s left");
+        assert_eq!(how_far(0, 10, "step", 0, after(1)), "0/10 steps, 0.0/s");
+        assert_eq!(how_far(3 << 20, 6 << 20, "byte", 3 << 20, after(3)), "3.0 MiB/6.0 MiB, 1.0 MiB/s, 3.0 s left");
+        assert_eq!(how_far(7, 0, "row", 7, after(7)), "7 rows, 1.0/s");
+        assert_eq!(how_far(2900, 3000, "row", 50, after(5)), "2900/3000 rows, 10.0/s, 10 s left", "2850 were known");
     }
 }

@@ -13,6 +13,11 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 const INFRASTRUCTURE: [&str; 6] =
     ["crate", "crate::stage", "crate::context", "crate::error", "crate::event", "crate::registry"];
 
+/// How rows are looked up, shared out and kept cannot change a result either; a row stage has versions of its own.
+fn is_infrastructure(module: &str) -> bool {
+    INFRASTRUCTURE.contains(&module) || module == "crate::rows" || module.starts_with("crate::rows::")
+}
+
 /// Dependencies that compute: their locked version is part of the code of every stage that names them.
 const COMPUTING: [&str; 9] = [
     "candle-core",
@@ -68,7 +73,7 @@ fn digest(start: &str, modules: &BTreeMap<String, Module>, versions: &BTreeMap<S
     while let Some(path) = open.pop() {
         for name in &modules[&path].names {
             if let Some(target) = resolve(name, modules, 0)
-                && !INFRASTRUCTURE.contains(&target.as_str())
+                && !is_infrastructure(&target)
                 && reached.insert(target.clone())
             {
                 open.push(target);

@@ -16,6 +16,7 @@ use crate::{
     StageError, WorkerEvent,
     event::LogLevel,
     hub::{Hub, ModelName, PinnedModel},
+    rows::{self, MemoryMemo, RowDevice, RowMemo},
 };
 
 /// A device leased to the attempt. Inside the worker, CUDA devices are numbered from 0 because
@@ -44,6 +45,18 @@ impl StopFlag {
 /// How long the hub may take for the next byte.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Digests of what an attempt works on, as the engine took them for the action's key: hashing a model's weights again
+/// for the keys of rows would take longer than some stages.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Port → digest of the input's content.
+    pub inputs: BTreeMap<String, String>,
+    /// Parameter → what tells the pretrained model apart that it names: a digest, or a repository and its commit.
+    pub models: BTreeMap<String, String>,
+    /// Of a `command`: its text before paths were put in, its declared code and its declared variables.
+    pub program: Option<String>,
+}
+
 type Sink = Box<dyn FnMut(WorkerEvent) + Send>;
 
 /// Everything one attempt of a stage may touch.
@@ -54,6 +67,9 @@ pub struct StageContext {
     scratch: PathBuf,
     threads: usize,
     devices: Vec<Device>,
+    simulated_devices: usize,
+    rows: Box<dyn RowMemo>,
+    identity: Identity,
     stop: StopFlag,
     attempt: u32,
     out_of_memory: u32,
@@ -79,6 +95,9 @@ impl StageContext {
             scratch,
             threads: threads.max(1),
             devices,
+            simulated_devices: 0,
+            rows: Box::new(MemoryMemo::default()),
+            identity: Identity::default(),
             stop,
             attempt: 1,
             out_of_memory: 0,
@@ -120,6 +139,25 @@ impl StageContext {
         })
     }
 
+    /// Keeps results of rows in `memo`; without this they are kept as long as the program runs.
+    pub fn with_rows(mut self, memo: impl RowMemo + 'static) -> Self {
+        self.rows = Box::new(memo);
+        self
+    }
+
+    /// Says what the inputs' digests are; without this they are taken when they are asked for.
+    pub fn with_identity(mut self, identity: Identity) -> Self {
+        self.identity = identity;
+        self
+    }
+
+    /// Says that so many devices were leased that are not there: rows are spread over them all the same, each
+    /// standing for a part of the leased cores.
+    pub fn with_simulated_devices(mut self, devices: usize) -> Self {
+        self.simulated_devices = devices;
+        self
+    }
+
     /// The number of this attempt, counted from 1.
     pub fn attempt(&self) -> u32 {
         self.attempt
@@ -145,6 +183,35 @@ impl StageContext {
     /// All connected inputs, by port name in alphabetical order.
     pub fn inputs(&self) -> impl Iterator<Item = (&str, &Path)> {
         self.inputs.iter().map(|(k, v)| (k.as_str(), v.as_path()))
+    }
+
+    /// A digest of an input's content (a file's bytes, or the names and bytes of all files in a folder), for the keys of
+    /// rows: the same content always gives the same digest. Costs nothing when the engine took it already.
+    ///
+    /// # Errors
+    /// The port is not connected, or its content cannot be read.
+    pub fn input_digest(&self, port: &str) -> Result<String, StageError> {
+        match self.identity.inputs.get(port) {
+            Some(digest) => Ok(digest.clone()),
+            None => rows::content_digest(self.input(port)?),
+        }
+    }
+
+    /// What tells apart the content of the pretrained model that the parameter `place` names `name`, for the keys of rows.
+    /// Costs nothing, and needs no network, when the engine pinned the model.
+    ///
+    /// # Errors
+    /// As [`StageContext::model`], when it is not known yet.
+    pub fn model_identity(&mut self, place: &str, name: &str) -> Result<String, StageError> {
+        match self.identity.models.get(place) {
+            Some(identity) => Ok(identity.clone()),
+            None => rows::content_digest(&self.model(place, name)?),
+        }
+    }
+
+    /// A digest of what a `command` runs: its text, declared code and declared variables. `None` for other kinds.
+    pub fn program_digest(&self) -> Option<&str> {
+        self.identity.program.as_deref()
     }
 
     /// Where to write an output: a path that does not exist yet, in a folder that does. Folder artifacts are
@@ -175,6 +242,34 @@ impl StageContext {
     /// Leased devices; empty means the CPU.
     pub fn devices(&self) -> &[Device] {
         &self.devices
+    }
+
+    /// What row jobs are spread over: the leased devices, else the made-up ones, else the CPU as one device. The leased
+    /// cores are shared out among them.
+    pub fn row_devices(&self) -> Vec<RowDevice> {
+        let devices = match (self.devices.len(), self.simulated_devices) {
+            (0, simulated) => vec![Device::Cpu; simulated.max(1)],
+            _ => self.devices.clone(),
+        };
+        let (each, more) = (self.threads / devices.len(), self.threads % devices.len());
+        let row_device = |(number, device)| {
+            let threads = (each + usize::from(number < more)).max(1);
+            RowDevice { number, device, threads, stop: self.stop.clone() }
+        };
+        devices.into_iter().enumerate().map(row_device).collect()
+    }
+
+    /// Where results of rows are kept. Row stages leave it to [`crate::rows::run`].
+    pub fn rows(&mut self) -> &mut dyn RowMemo {
+        self.rows.as_mut()
+    }
+
+    pub(crate) fn take_rows(&mut self) -> Box<dyn RowMemo> {
+        std::mem::replace(&mut self.rows, Box::new(MemoryMemo::default()))
+    }
+
+    pub(crate) fn put_rows(&mut self, rows: Box<dyn RowMemo>) {
+        self.rows = rows;
     }
 
     pub fn stop_flag(&self) -> StopFlag {

@@ -22,6 +22,10 @@ pub enum Failure {
     Environment,
     /// The program of a `command` stage ended with a non-zero status.
     Command,
+    /// More rows failed than may; a rerun tries only those.
+    FailedRows,
+    /// A device stopped working: retried on others.
+    DeviceLost,
     /// A defect in grlm.
     Bug,
 }
@@ -39,6 +43,12 @@ pub enum StageError {
     Network { message: String, help: Option<String> },
     #[error("out of memory: {message}")]
     OutOfMemory { message: String, help: Option<String> },
+    /// A device fell off the bus or was taken away, and what it had in memory is gone.
+    #[error("a device was lost: {message}")]
+    DeviceLost { message: String, help: Option<String> },
+    /// More rows of a row stage failed than it allows.
+    #[error("{message}")]
+    FailedRows { message: String, help: Option<String> },
     #[error("stopped on request")]
     Stopped,
     #[error("{message}")]
@@ -78,6 +88,8 @@ impl StageError {
             | Self::Params { help, .. }
             | Self::Network { help, .. }
             | Self::OutOfMemory { help, .. }
+            | Self::DeviceLost { help, .. }
+            | Self::FailedRows { help, .. }
             | Self::Killed { help, .. }
             | Self::Command { help, .. } => *help = Some(text.into()),
             Self::Io { .. } | Self::Stopped | Self::Bug { .. } => {}
@@ -91,6 +103,8 @@ impl StageError {
             | Self::Params { help, .. }
             | Self::Network { help, .. }
             | Self::OutOfMemory { help, .. }
+            | Self::DeviceLost { help, .. }
+            | Self::FailedRows { help, .. }
             | Self::Killed { help, .. }
             | Self::Command { help, .. } => help.as_deref(),
             Self::Io { .. } | Self::Stopped | Self::Bug { .. } => None,
@@ -102,6 +116,8 @@ impl StageError {
             Self::Input { .. } | Self::Params { .. } => Failure::WrongInput,
             Self::Io { .. } | Self::Network { .. } => Failure::Environment,
             Self::OutOfMemory { .. } => Failure::OutOfMemory,
+            Self::DeviceLost { .. } => Failure::DeviceLost,
+            Self::FailedRows { .. } => Failure::FailedRows,
             Self::Stopped => Failure::Stopped,
             Self::Command { .. } => Failure::Command,
             Self::Killed { .. } => Failure::Killed,

@@ -14,6 +14,7 @@ pub mod lm;
 pub mod method;
 pub mod prompts;
 pub mod registry;
+pub mod rows;
 pub mod sampling;
 pub mod sft;
 pub mod similarity;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, marker::PhantomData};
 use schemars::Schema;
 use serde_json::Value;
 
-use crate::{ParamIssue, Ports, Resources, Stage, StageContext, StageError};
+use crate::{ParamIssue, Ports, Resources, Stage, StageContext, StageError, rows::RowJob};
 
 /// All kinds, in the order of the paper's pipeline.
 macro_rules! registry {
@@ -81,6 +81,11 @@ pub trait StageKind: Send + Sync {
     /// # Errors
     /// As for `resolve_params`.
     fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>>;
+    /// As [`Stage::check_ports`]; nothing, if the parameters are not as `resolve_params` returned them.
+    fn check_ports(&self, params: &Value, inputs: &[&str], outputs: &[&str]) -> Vec<ParamError>;
+    /// # Errors
+    /// As [`Stage::plan_rows`].
+    fn plan_rows(&self, params: &Value, cx: &mut StageContext) -> Result<Option<RowJob>, StageError>;
     /// # Errors
     /// As for `resolve_params`.
     fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>>;
@@ -144,14 +149,22 @@ impl<S: Stage> StageKind for Erased<S> {
         Self::parse(params).map(|p| S::models(&p))
     }
 
-    fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError> {
-        let params = Self::parse(params).map_err(|issues| {
-            StageError::params(
-                issues.into_iter().map(|i| format!("`{}`: {}", i.path, i.message)).collect::<Vec<_>>().join("; "),
-            )
-        })?;
-        S::run(&params, cx)
+    fn check_ports(&self, params: &Value, inputs: &[&str], outputs: &[&str]) -> Vec<ParamError> {
+        Self::parse(params).map(|p| S::check_ports(&p, inputs, outputs)).unwrap_or_default()
     }
+
+    fn plan_rows(&self, params: &Value, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        S::plan_rows(&Self::parse(params).map_err(in_one_line)?, cx)
+    }
+
+    fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError> {
+        S::run(&Self::parse(params).map_err(in_one_line)?, cx)
+    }
+}
+
+fn in_one_line(issues: Vec<ParamError>) -> StageError {
+    let lines: Vec<String> = issues.into_iter().map(|i| format!("`{}`: {}", i.path, i.message)).collect();
+    StageError::params(lines.join("; "))
 }
 
 #[cfg(test)]

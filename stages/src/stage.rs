@@ -8,7 +8,7 @@ use std::{borrow::Cow, collections::BTreeMap};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Artifact, StageContext, StageError};
+use crate::{Artifact, StageContext, StageError, rows::RowJob};
 
 /// One kind of stage. Implementors are unit structs named after the kind and listed in [`crate::registry`].
 pub trait Stage: Send + Sync + 'static {
@@ -43,6 +43,21 @@ pub trait Stage: Send + Sync + 'static {
     /// name. Their content enters the action key; [`StageContext::model`] gives their folders.
     fn models(_params: &Self::Params) -> BTreeMap<String, String> {
         BTreeMap::new()
+    }
+
+    /// Mistakes in how the pipeline connected the stage that its [`Ports`] cannot express, for kinds whose ports are
+    /// open. Found before anything runs; `path` is relative to `with`.
+    fn check_ports(_params: &Self::Params, _inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {
+        Vec::new()
+    }
+
+    /// The rows that a run over these inputs would work through, so that `grlm plan` can say how many are missing;
+    /// `None` for what is no row stage. Only inputs are there, and nothing may take long: no weights are loaded.
+    ///
+    /// # Errors
+    /// As for [`Stage::run`]; then the plan says nothing about rows.
+    fn plan_rows(_params: &Self::Params, _cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        Ok(None)
     }
 
     /// Reads the input paths, writes the output paths.
@@ -144,7 +159,8 @@ impl Output {
 /// What one attempt of a stage needs while it runs. Not part of the action key.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Resources {
-    /// Whole GPUs, all at once or not at all.
+    /// Whole GPUs, all at once or not at all; [`Resources::ALL_GPUS`] takes all that the run may use, and the CPU where
+    /// there is none.
     pub gpus: u32,
     /// Memory needed on each GPU, in bytes; `None` takes the GPU whole.
     pub gpu_memory: Option<u64>,
@@ -163,6 +179,8 @@ impl Default for Resources {
 }
 
 impl Resources {
+    pub const ALL_GPUS: u32 = u32::MAX;
+
     /// A stage that spreads over `cpus` cores.
     pub fn cpus(cpus: u32) -> Self {
         Self { cpus, ..Self::default() }

@@ -10,13 +10,16 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Failure, StageContext, StageError, StopFlag, WorkerEvent, kind};
+use crate::{Failure, StageContext, StageError, StopFlag, WorkerEvent, kind, rows::MemoryMemo};
 
 /// A temporary folder with input files in it.
 pub struct Bench {
     folder: Arc<TempDir>,
     inputs: BTreeMap<String, PathBuf>,
+    outputs: BTreeMap<String, String>,
     threads: usize,
+    devices: usize,
+    memo: MemoryMemo,
 }
 
 /// What a stage wrote and said; keeps the folder.
@@ -29,7 +32,32 @@ pub struct Ran {
 
 impl Bench {
     pub fn new() -> Self {
-        Self { folder: Arc::new(tempfile::tempdir().unwrap()), inputs: BTreeMap::new(), threads: 1 }
+        Self {
+            folder: Arc::new(tempfile::tempdir().unwrap()),
+            inputs: BTreeMap::new(),
+            outputs: BTreeMap::new(),
+            threads: 1,
+            devices: 0,
+            memo: MemoryMemo::default(),
+        }
+    }
+
+    /// Leases so many made-up devices.
+    pub fn devices(mut self, devices: usize) -> Self {
+        self.devices = devices;
+        self
+    }
+
+    /// Keeps rows in this memo, which outlives the bench.
+    pub fn memo(mut self, memo: &MemoryMemo) -> Self {
+        self.memo = memo.clone();
+        self
+    }
+
+    /// Declares an output, for kinds that let the pipeline do so.
+    pub fn output(mut self, port: &str, file: &str) -> Self {
+        self.outputs.insert(port.to_owned(), file.to_owned());
+        self
     }
 
     /// Runs stages on this many threads.
@@ -63,8 +91,9 @@ impl Bench {
         fs::create_dir_all(&folder).unwrap();
         let scratch = self.folder.path().join("scratch");
         fs::create_dir_all(&scratch).unwrap();
+        let fixed = ports.outputs.iter().map(|o| (o.name.to_string(), o.file.to_string()));
         let outputs: BTreeMap<String, PathBuf> =
-            ports.outputs.iter().map(|o| (o.name.to_string(), folder.join(&*o.file))).collect();
+            fixed.chain(self.outputs.clone()).map(|(port, file)| (port, folder.join(file))).collect();
         let events = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&events);
         let mut cx = StageContext::new(
@@ -75,7 +104,9 @@ impl Bench {
             Vec::new(),
             StopFlag::default(),
             move |event| sink.lock().unwrap().push(event),
-        );
+        )
+        .with_rows(self.memo.clone())
+        .with_simulated_devices(self.devices);
         kind.run(&params, &mut cx)?;
         drop(cx);
         let events = std::mem::take(&mut *events.lock().unwrap());

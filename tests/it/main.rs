@@ -10,6 +10,7 @@ mod failures;
 mod partial;
 mod pipelines;
 mod robust;
+mod rows;
 mod store;
 mod torture;
 mod variants;

@@ -3,6 +3,8 @@
 //! The orchestrator has already put shell-quoted paths in place of `${inputs.x}` and `${outputs.x}`; declared
 //! environment, secrets and code are its business too, and so is ending the program: it shares the worker's process
 //! group, to which SIGTERM and SIGKILL are sent.
+//!
+//! With `rows`, the program works row by row instead: see [`rows`] for what it is given and what it answers.
 
 use std::{
     os::unix::process::ExitStatusExt,
@@ -12,7 +14,10 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Artifact, Ports, Stage, StageContext, StageError};
+use crate::{Artifact, ParamIssue, Ports, Stage, StageContext, StageError, rows::RowJob};
+
+mod program;
+pub mod rows;
 
 pub struct Command;
 
@@ -23,6 +28,9 @@ pub struct Params {
     /// The command line, run by `sh -c` in the working directory. `${inputs.NAME}` and `${outputs.NAME}` stand
     /// for paths and are quoted for the shell.
     pub run: String,
+    /// Runs the program for single rows of an input, and only for those whose results are not known yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<rows::RowParams>,
 }
 
 impl Stage for Command {
@@ -34,7 +42,22 @@ impl Stage for Command {
         Ports { open_inputs: Some(Artifact::Any), open_outputs: true, ..Ports::default() }
     }
 
+    fn check(params: &Params) -> Vec<ParamIssue> {
+        params.rows.as_ref().map(|rows| rows.check(&params.run)).unwrap_or_default()
+    }
+
+    fn check_ports(params: &Params, inputs: &[&str], outputs: &[&str]) -> Vec<ParamIssue> {
+        params.rows.as_ref().map(|rows| rows.check_ports(&params.run, inputs, outputs)).unwrap_or_default()
+    }
+
+    fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        params.rows.as_ref().map(|rows| rows::plan(params, rows, cx)).transpose()
+    }
+
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
+        if let Some(rows) = &params.rows {
+            return rows::run(params, rows, cx);
+        }
         cx.check_stop()?;
         // The program stays in the worker's process group: a stop reaches it with the worker, and nothing it starts
         // outlives the attempt.

@@ -1,0 +1,95 @@
+//! How many rows of a stage that would run are missing, and how long they will take.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use grlm_cache::{Digest, Store};
+use grlm_stages::{Resources, StageContext, StopFlag};
+
+use super::{
+    decide::Action,
+    work::{Node, Source},
+};
+use crate::pipeline::Stage;
+
+/// The rows of a stage as the store knows them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowsForeseen {
+    /// What a row is: `item`, `user`.
+    pub unit: String,
+    /// Distinct rows.
+    pub total: usize,
+    pub missing: usize,
+    /// Seconds that the missing ones will take on the devices that the stage asks for, by what a row took last time.
+    pub seconds: Option<f64>,
+}
+
+/// The metric by which a worker tells what a row took, in seconds on one device.
+pub const SECONDS_PER_ROW: &str = "rows.seconds_per_row";
+
+/// Remembers what a row of the stage took, for the next plan.
+pub fn remember(store: &Store, label: &str, seconds: f64) {
+    store.remember_duration(&place(label), (seconds * 1e9).clamp(1.0, 1e18) as u64);
+}
+
+fn place(label: &str) -> String {
+    format!("a row of {label}, in nanoseconds")
+}
+
+/// Looks the stage's rows up; `None` for what is no row stage, or when they cannot be told. Its inputs are all known.
+pub fn foresee(store: &Store, stage: &Stage, node: &Node, action: &Action) -> Option<RowsForeseen> {
+    let looked = look_up(store, stage, node, action);
+    looked.unwrap_or_else(|error| {
+        // The run will say it better, with all that belongs to it.
+        tracing::info!(stage = node.label, %error, "the rows of a stage cannot be told");
+        None
+    })
+}
+
+fn look_up(
+    store: &Store,
+    stage: &Stage,
+    node: &Node,
+    action: &Action,
+) -> Result<Option<RowsForeseen>, Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    let mut inputs = BTreeMap::new();
+    for (port, source) in &node.sources {
+        let path = match source {
+            Source::File(path) => path.clone(),
+            Source::Output { file, .. } => {
+                let place = folder.path().join(port).join(file);
+                store.stage_input(&action.inputs[port], &place)?;
+                place
+            }
+        };
+        inputs.insert(port.clone(), path);
+    }
+    let mut cx = context(inputs, folder.path(), action);
+    let Some(job) = stage.kind.plan_rows(&stage.params, &mut cx)? else { return Ok(None) };
+    let mut keys: Vec<Digest> = job.keys.iter().map(|key| Digest::from_bytes(*key.as_bytes())).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let mut rows = store.rows().namespace(&job.namespace)?;
+    let mut missing = 0;
+    // In parts, since results are read to know that they are whole.
+    for part in keys.chunks(4096) {
+        missing += rows.look_up(part)?.iter().filter(|row| row.is_none()).count();
+    }
+    let a_row = store.duration_hint(&place(&node.label)).map(|nanoseconds| nanoseconds as f64 / 1e9);
+    let devices = match stage.resources.gpus {
+        // How many that will be is not known before the run.
+        0 | Resources::ALL_GPUS => 1.0,
+        number => f64::from(number),
+    };
+    let seconds = if missing == 0 { Some(0.0) } else { a_row.map(|seconds| seconds * missing as f64 / devices) };
+    Ok(Some(RowsForeseen { unit: job.unit, total: keys.len(), missing, seconds }))
+}
+
+/// A context in which keys can be made, and nothing else.
+fn context(inputs: BTreeMap<String, PathBuf>, scratch: &Path, action: &Action) -> StageContext {
+    StageContext::new(inputs, BTreeMap::new(), scratch.to_owned(), 1, Vec::new(), StopFlag::default(), |_| {})
+        .with_identity(action.identity())
+}

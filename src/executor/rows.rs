@@ -1,0 +1,116 @@
+//! The rows of the store as a worker sees them: what a stage's row job looks up, and where it keeps what it computes.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    io,
+    path::Path,
+};
+
+use grlm_cache::{
+    Access, Digest, StoreError,
+    rows::{Namespace, RowRef, RowStore},
+};
+use grlm_stages::{
+    StageError,
+    rows::{RowKey, RowMemo, RowResult},
+};
+
+/// Keeps rows in a store. Each namespace is opened when it is first used.
+#[derive(Debug)]
+pub struct StoreRows {
+    store: RowStore,
+    open: BTreeMap<String, Namespace>,
+}
+
+impl StoreRows {
+    /// `folder` is the store's folder of rows.
+    pub fn new(folder: &Path) -> Self {
+        Self { store: RowStore::at(folder, Access::Write), open: BTreeMap::new() }
+    }
+
+    fn with<T>(
+        &mut self,
+        namespace: &str,
+        act: impl FnOnce(&mut Namespace) -> Result<T, StoreError>,
+    ) -> Result<T, StageError> {
+        let opened = match self.open.entry(namespace.to_owned()) {
+            Entry::Occupied(entry) => Ok(entry.into_mut()),
+            Entry::Vacant(entry) => self.store.namespace(namespace).map(|opened| entry.insert(opened)),
+        };
+        opened.and_then(act).map_err(|error| failed(&self.store, error))
+    }
+}
+
+/// What the engine makes of a store that fails under a stage: something outside failed.
+fn failed(store: &RowStore, error: StoreError) -> StageError {
+    StageError::io("use the rows in", store.folder(), io::Error::other(error))
+}
+
+fn digests(keys: &[RowKey]) -> Vec<Digest> {
+    keys.iter().map(|key| Digest::from_bytes(*key.as_bytes())).collect()
+}
+
+impl RowMemo for StoreRows {
+    fn look_up(&mut self, namespace: &str, keys: &[RowKey]) -> Result<Vec<Option<Vec<u8>>>, StageError> {
+        self.with(namespace, |rows| rows.look_up(&digests(keys)))
+    }
+
+    fn append(&mut self, namespace: &str, results: &[(RowKey, &RowResult)]) -> Result<(), StageError> {
+        let rows = results.iter().map(|(key, result)| {
+            let row = match result {
+                Ok(bytes) => RowRef::Result(bytes),
+                Err(failure) => RowRef::Failure(&failure.message),
+            };
+            (Digest::from_bytes(*key.as_bytes()), row)
+        });
+        self.with(namespace, |namespace| namespace.append(rows))
+    }
+
+    /// Also closes the segments, and merges small ones if there are many.
+    fn sync(&mut self) -> Result<(), StageError> {
+        for rows in self.open.values_mut() {
+            rows.close_segment().map_err(|error| failed(&self.store, error))?;
+            if let Err(error) = rows.compact_if_needed() {
+                tracing::warn!(%error, "segments of rows stay as they are");
+            }
+        }
+        Ok(())
+    }
+
+    fn claim(&mut self, namespace: &str, keys: &[RowKey]) -> Result<Vec<bool>, StageError> {
+        self.with(namespace, |rows| rows.claim(&digests(keys)))
+    }
+
+    fn release(&mut self, namespace: &str, keys: &[RowKey]) -> Result<(), StageError> {
+        self.with(namespace, |rows| {
+            rows.release(&digests(keys));
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use grlm_stages::rows::{RowFailure, RowRecipe};
+
+    #[test]
+    fn what_one_attempt_keeps_another_finds_and_claims_keep_them_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("store/rows");
+        let (mut one, mut two) = (StoreRows::new(&folder), StoreRows::new(&folder));
+        let recipe = RowRecipe::new("n", 1);
+        let keys: Vec<RowKey> = (0..3).map(|n| recipe.row().number("n", n).key()).collect();
+        assert_eq!(one.look_up("n", &keys).unwrap(), [None, None, None]);
+        assert_eq!(one.claim("n", &keys[..2]).unwrap(), [true, true]);
+        assert_eq!(two.claim("n", &keys).unwrap(), [false, false, true]);
+        let failure = Err(RowFailure::new("no answer"));
+        one.append("n", &[(keys[0], &Ok(b"r0".to_vec())), (keys[1], &failure)]).unwrap();
+        one.release("n", &keys[..2]).unwrap();
+        assert_eq!(two.look_up("n", &keys).unwrap(), [Some(b"r0".to_vec()), None, None]);
+        assert_eq!(two.claim("n", &keys[..2]).unwrap(), [true, true]);
+        one.sync().unwrap();
+        let error = one.look_up("../n", &keys).unwrap_err();
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("../n"), "{error}");
+    }
+}

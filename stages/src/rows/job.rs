@@ -1,0 +1,103 @@
+//! What a row stage gives: its rows and their keys, and the function that computes some of them on one device.
+
+use crate::{Device, StageError, StopFlag};
+
+use super::RowKey;
+
+/// The result of a row, or why there is none.
+pub type RowResult = Result<Vec<u8>, RowFailure>;
+
+/// A row could not be computed, and the others can: the model's answer is of no use, the program refused the item.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct RowFailure {
+    pub message: String,
+}
+
+impl RowFailure {
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into() }
+    }
+}
+
+/// The rows of one stage, by their keys.
+#[derive(Debug, Clone)]
+pub struct RowJob {
+    /// Where results are kept: the kind of result, such as `embedding`; letters, digits, `.`, `_` and `-`.
+    pub namespace: String,
+    /// What a row is, in progress: `item`, `user`.
+    pub unit: String,
+    /// A key for each row. Equal keys are computed once.
+    pub keys: Vec<RowKey>,
+    /// Rows that a device gets at a time, at most.
+    pub batch: usize,
+    /// The stage fails when more rows than this do.
+    pub max_failed_rows: usize,
+    /// How much work each row is, in any unit (tokens of the prompt). Rows are then handed out from the dearest on:
+    /// pieces are of like rows, memory runs out early if at all, and the last pieces are short.
+    pub costs: Option<Vec<u64>>,
+}
+
+impl RowJob {
+    /// A job with pieces of at most 32 rows, of which none may fail.
+    pub fn new(namespace: impl Into<String>, unit: impl Into<String>, keys: Vec<RowKey>) -> Self {
+        Self { namespace: namespace.into(), unit: unit.into(), keys, batch: 32, max_failed_rows: 0, costs: None }
+    }
+
+    pub fn batch(mut self, rows: usize) -> Self {
+        self.batch = rows.max(1);
+        self
+    }
+
+    pub fn max_failed_rows(mut self, rows: usize) -> Self {
+        self.max_failed_rows = rows;
+        self
+    }
+
+    /// One cost for each key.
+    pub fn costs(mut self, costs: Vec<u64>) -> Self {
+        self.costs = Some(costs);
+        self
+    }
+}
+
+/// One of the devices that a job is spread over: a leased GPU; or, without any, the CPU; or one of several made-up
+/// devices, which share the leased cores.
+#[derive(Debug, Clone)]
+pub struct RowDevice {
+    /// Counted from 0.
+    pub number: usize,
+    pub device: Device,
+    /// Cores that this device's function may use.
+    pub threads: usize,
+    /// Set when the attempt should end. Between pieces the framework looks at it; a function that takes long for one
+    /// piece should too, and return [`StageError::Stopped`].
+    pub stop: StopFlag,
+}
+
+impl RowDevice {
+    /// A rayon pool of this device's cores.
+    ///
+    /// # Errors
+    /// The system refuses to start threads.
+    pub fn pool(&self) -> Result<rayon::ThreadPool, StageError> {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .build()
+            .map_err(|e| StageError::io("start threads for", "this stage", std::io::Error::other(e)))
+    }
+}
+
+/// Computes rows on one device. Made on the device's own thread and never moved, so it need not be `Send`.
+pub trait RowFunction {
+    /// The results of `rows` (indices into the job's keys), in their order.
+    ///
+    /// # Errors
+    /// What concerns all of them: [`StageError::OutOfMemory`] is tried again with half the rows,
+    /// [`StageError::DeviceLost`] on another device, anything else ends the stage. What concerns one row alone is
+    /// that row's [`RowFailure`].
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError>;
+
+    /// Gives back memory that is kept for speed (a cache of keys and values), before a smaller piece is tried.
+    fn free_memory(&mut self) {}
+}

@@ -1,0 +1,195 @@
+//! Row stages through the real program: what a change costs, what a kill costs, and what does not depend on devices.
+
+use std::{fs, process::Child, thread, time::Duration};
+
+use crate::environment::Environment;
+
+/// A row stage whose program notes each row it is given.
+const PIPELINE: &str = r#"
+name: rows
+vars: { pace: 0 }
+stages:
+  shout:
+    uses: command
+    inputs: { items: { file: items.jsonl } }
+    with:
+      run: |
+        while IFS= read -r line; do
+          printf '%s\n' "$line" >> journal
+          sleep ${vars.pace}
+          printf '%s\n' "$line" | sed 's/"title"/"words"/'
+        done
+      rows: { batch: 5, fields: [title] }
+    resources: { gpus: all, cpus: 2 }
+    outputs: { out: words.jsonl }
+  count:
+    uses: command
+    inputs: { words: shout.out }
+    with: { run: "wc -l < ${inputs.words} > ${outputs.out}" }
+    outputs: { out: count.txt }
+variants:
+  other: { set: { count.with.run: "wc -c < ${inputs.words} > ${outputs.out}" } }
+"#;
+
+fn items(rows: usize, changed: &[usize]) -> String {
+    let title = |n: usize| if changed.contains(&n) { format!("new title {n}") } else { format!("title {n}") };
+    (0..rows).map(|n| format!("{{\"id\":\"i{n}\",\"title\":\"{}\"}}\n", title(n))).collect()
+}
+
+fn environment(rows: usize) -> Environment {
+    let env = Environment::new();
+    env.write("rows.yaml", PIPELINE);
+    env.write("items.jsonl", &items(rows, &[]));
+    env
+}
+
+/// Rows that programs were given since the last look.
+fn given(env: &Environment) -> usize {
+    env.ran().len()
+}
+
+#[test]
+fn one_changed_item_costs_one_row_and_plan_says_so() {
+    let env = environment(30);
+    let plan = env.ok(&["plan", "rows.yaml"]).stdout;
+    assert!(plan.contains("30 of 30 rows are missing, how long one takes is not known yet"), "{plan}");
+    env.ok(&["run", "rows.yaml"]);
+    assert_eq!(given(&env), 30);
+    env.ok(&["run", "rows.yaml"]);
+    env.ok(&["run", "rows.yaml", "--force", "shout"]);
+    assert_eq!(given(&env), 0, "also a forced stage finds its rows");
+
+    env.write("items.jsonl", &items(33, &[7]));
+    let plan = env.ok(&["plan", "rows.yaml"]).stdout;
+    assert!(plan.contains("4 of 33 rows are missing, about "), "{plan}");
+    let json: serde_json::Value = serde_json::from_str(&env.ok(&["plan", "rows.yaml", "--json"]).stdout).unwrap();
+    assert_eq!(json[0]["rows"]["missing"], 4);
+    env.ok(&["run", "rows.yaml"]);
+    assert_eq!(given(&env), 4);
+    assert_eq!(env.read("out/rows/count/count.txt").trim(), "33");
+    assert!(env.read("out/rows/shout/words.jsonl").contains(r#"{"id":"i7","words":"new title 7"}"#));
+
+    env.write("items.jsonl", &items(30, &[]));
+    env.ok(&["run", "rows.yaml"]);
+    assert_eq!(given(&env), 0);
+}
+
+#[test]
+fn the_artifact_is_the_same_on_any_devices() {
+    let mut seen = Vec::new();
+    for devices in ["none", "sim:1", "sim:2", "sim:8"] {
+        let env = environment(40);
+        env.ok(&["run", "rows.yaml", "--devices", devices]);
+        assert_eq!(given(&env), 40, "{devices}");
+        seen.push(env.read("out/rows/shout/words.jsonl"));
+    }
+    assert!(seen.iter().all(|text| *text == seen[0]));
+}
+
+fn wait_for_rows(env: &Environment, run: &mut Child, rows: usize) {
+    for _ in 0..2000 {
+        let noted = fs::read_to_string(env.path("journal")).unwrap_or_default().lines().count();
+        if noted >= rows || run.try_wait().unwrap().is_some() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    panic!("the run does not get on");
+}
+
+#[test]
+fn a_kill_costs_a_batch_a_device() {
+    let env = environment(60);
+    let arguments = ["run", "rows.yaml", "--devices", "sim:2", "--set", "vars.pace=0.004"];
+    let (mut computed, kills) = (0, 3);
+    for _ in 0..kills {
+        let mut run = env.command(&arguments).stderr(std::process::Stdio::null()).spawn().unwrap();
+        wait_for_rows(&env, &mut run, 15);
+        run.kill().unwrap();
+        run.wait().unwrap();
+        // Its worker goes with it.
+        thread::sleep(Duration::from_millis(100));
+        computed += given(&env);
+    }
+    env.ok(&arguments);
+    computed += given(&env);
+    assert!((60..=60 + 5 * 2 * kills).contains(&computed), "{computed}");
+    let undisturbed = environment(60);
+    undisturbed.ok(&["run", "rows.yaml"]);
+    assert_eq!(env.read("out/rows/shout/words.jsonl"), undisturbed.read("out/rows/shout/words.jsonl"));
+}
+
+#[test]
+fn runs_beside_each_other_compute_each_row_once() {
+    let env = environment(40);
+    // Different actions over the same rows: the batch is part of the action's key and of no row's.
+    let runs: Vec<Child> = (5..9)
+        .map(|batch| {
+            let set = format!("shout.with.rows.batch={batch}");
+            let out = format!("out{batch}");
+            let arguments = ["run", "rows.yaml", "--set", &set, "--set", "vars.pace=0.002", "--out", &out];
+            env.command(&arguments).stderr(std::process::Stdio::null()).spawn().unwrap()
+        })
+        .collect();
+    for mut run in runs {
+        assert!(run.wait().unwrap().success());
+    }
+    assert_eq!(given(&env), 40);
+    let words = |batch: usize| env.read(&format!("out{batch}/rows/shout/words.jsonl"));
+    assert!((5..9).all(|batch| words(batch) == words(5)));
+}
+
+#[test]
+fn rows_are_listed_shown_moved_and_dropped() {
+    let env = environment(12);
+    assert_eq!(env.grlm(&["rows", "ls"]).code, 4, "there is no store yet");
+    env.ok(&["run", "rows.yaml"]);
+    given(&env);
+    let list: serde_json::Value = serde_json::from_str(&env.ok(&["rows", "ls", "--json"]).stdout).unwrap();
+    assert_eq!((&list[0]["namespace"], &list[0]["rows"]), (&"command".into(), &12.into()));
+    let table = env.ok(&["rows", "ls"]).stdout;
+    assert!(table.contains("namespace") && table.contains("command"), "{table}");
+    let all = env.ok(&["rows", "show", "command"]).stdout;
+    assert_eq!(all.lines().count(), 12);
+    let key = all.lines().next().unwrap().split_whitespace().next().unwrap();
+    let one = env.ok(&["rows", "show", "command", key]).stdout;
+    assert!(one.starts_with("{\"words\":\"title "), "{one}");
+    assert!(env.ok(&["rows", "verify"]).stdout.contains("12 records, 0 damaged"));
+
+    env.ok(&["rows", "export", "rows.grlm"]);
+    fs::rename(env.path(".grlm"), env.path("old-store")).unwrap();
+    env.ok(&["rows", "import", "rows.grlm"]);
+    env.ok(&["run", "rows.yaml"]);
+    assert_eq!(given(&env), 0, "they came with the export");
+    env.ok(&["rows", "drop", "command"]);
+    assert!(env.ok(&["rows", "ls"]).stdout.contains("no rows are kept"));
+    env.ok(&["run", "rows.yaml", "--force", "shout"]);
+    assert_eq!(given(&env), 12);
+    assert!(env.fails(2, &["rows", "show", "nothing"]).contains("there are command"));
+}
+
+#[test]
+fn damaged_rows_are_found_and_computed_again_alone() {
+    let env = environment(20);
+    env.ok(&["run", "rows.yaml"]);
+    given(&env);
+    let (path, mut bytes) = env.tree(".grlm/rows").into_iter().find(|(path, _)| path.extension().is_some()).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, bytes).unwrap();
+    assert!(env.grlm(&["rows", "verify"]).stdout.contains("1 damaged"));
+    env.ok(&["run", "rows.yaml", "--force", "shout"]);
+    assert_eq!(given(&env), 1);
+    env.ok(&["rows", "compact"]);
+    assert!(env.ok(&["rows", "verify"]).stdout.contains("20 records, 0 damaged"));
+}
+
+#[test]
+fn mistakes_in_the_rows_block_have_their_place() {
+    let env = environment(1);
+    env.write("rows.yaml", &PIPELINE.replace("batch: 5", "batch: 0"));
+    let said = env.fails(3, &["run", "rows.yaml"]);
+    assert!(said.contains("must be at least 1") && said.contains("rows.yaml:15"), "{said}");
+    env.write("rows.yaml", &PIPELINE.replace("batch: 5", "output: nothing"));
+    assert!(env.fails(3, &["run", "rows.yaml"]).contains("there is no output `nothing`"));
+}
