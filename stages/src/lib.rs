@@ -7,11 +7,13 @@
 pub mod artifact;
 pub mod compat;
 pub mod context;
+mod endpoint;
 pub mod error;
 pub mod event;
 pub mod hub;
 pub mod lm;
 pub mod method;
+mod model_folder;
 pub mod prompts;
 pub mod registry;
 pub mod rows;

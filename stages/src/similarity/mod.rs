@@ -2,19 +2,28 @@
 //!
 //! `reference`: the published file's layout, and its loss of the nearest neighbour: ranks 2 to `top_k` + 1, where the
 //! nearest was taken for the item itself; items that share nothing fill a list up, in catalogue order. `fixed`: ranks
-//! 1 to `top_k`, JSON Lines, and only items that share something. Encoding by a model is the inference engine's
-//! business; this build has the `tfidf` encoder.
+//! 1 to `top_k`, JSON Lines, and only items that share something; items without a text are nobody's neighbours.
+//!
+//! Items are embedded by the `tfidf` encoder, or as rows by a model ([`embed`]): a folder or a server.
 
+use std::{collections::BTreeMap, path::PathBuf};
+
+use grlm_nn::nearest;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Neighbor, Neighbors, items, jsonl, neighbors},
+    artifact::{Item, Neighbor, Neighbors, items, jsonl, neighbors},
+    endpoint,
     method::Method,
+    model_folder,
+    rows::RowJob,
     threads,
 };
 
+mod embed;
 pub mod text;
 pub mod tfidf;
 
@@ -22,24 +31,82 @@ use tfidf::Tfidf;
 
 pub struct Similarity;
 
-/// An embedding model.
+/// An embedding model: a folder on this machine, or the name by which a server at `endpoint` knows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EmbeddingModel {
-    /// A repository on the Hugging Face hub, or a folder.
+    /// A model folder, or a repository on the Hugging Face hub; with `endpoint`, the server's name for it.
     pub model: String,
-    /// The revision of the repository.
+    /// The revision of the repository; with `endpoint`, any word that tells one state of the model from another.
     #[serde(default)]
     pub revision: Option<String>,
-    /// The type that weights and arithmetic have.
+    /// The type of weights and arithmetic on a GPU. On the CPU, weights of any type are computed in f32.
     #[serde(default)]
     pub dtype: Dtype,
     /// How token vectors become one: as the model was trained, unless given; `reference` takes the mean.
     #[serde(default)]
     pub pooling: Option<Pooling>,
-    /// Texts are cut to this many tokens.
+    /// Texts are cut to this many tokens, special ones included. A server has its own limit.
     #[serde(default = "max_tokens")]
     pub max_tokens: u32,
+    /// What every text begins with, such as E5's `query: `.
+    #[serde(default)]
+    pub prefix: String,
+    /// The address of a server that speaks OpenAI's `/v1/embeddings`, such as `http://localhost:8000/v1`.
+    #[serde(default)]
+    pub endpoint: Option<String>,
+    /// The environment variable that holds the server's key; declare it at the stage: `secrets: [NAME]`.
+    #[serde(default)]
+    pub api_key_env: Option<String>,
+    /// Requests to the server that are under way at once.
+    #[serde(default = "endpoint::concurrency")]
+    pub concurrency: usize,
+    /// Seconds in which a whole answer must have come.
+    #[serde(default = "endpoint::timeout")]
+    pub timeout: f64,
+    /// How often a request that failed is tried again.
+    #[serde(default = "endpoint::retries")]
+    pub retries: u32,
+    /// Further fields of each request, as the server knows them; `null` takes one of ours away.
+    #[serde(default)]
+    pub extra_body: Map<String, Value>,
+}
+
+impl EmbeddingModel {
+    fn name(&self) -> String {
+        model_folder::name(&self.model, self.revision.as_deref())
+    }
+
+    fn endpoint_settings(&self) -> endpoint::Settings {
+        endpoint::Settings {
+            api_key_env: self.api_key_env.clone(),
+            concurrency: self.concurrency,
+            timeout: self.timeout,
+            retries: self.retries,
+            extra_body: self.extra_body.clone(),
+        }
+    }
+
+    fn check(&self) -> Vec<ParamIssue> {
+        let mut issues = Vec::new();
+        if self.model.trim().is_empty() {
+            issues.push(ParamIssue::new("encoder.model", "the model has no name"));
+        }
+        if self.max_tokens == 0 {
+            issues.push(ParamIssue::new("encoder.max_tokens", "must be at least 1"));
+        }
+        issues.extend(self.endpoint_settings().check("encoder", self.endpoint.as_deref()));
+        issues
+    }
+
+    /// With what `reference` means where nothing is said.
+    fn in_compat(&self, compat: Compat) -> Self {
+        let mut model = self.clone();
+        if compat.is_reference() {
+            model.pooling.get_or_insert(Pooling::Mean);
+        }
+        model
+    }
 }
 
 fn max_tokens() -> u32 {
@@ -72,17 +139,20 @@ pub enum Pooling {
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Params {
-    /// What makes a vector of an item's text: `tfidf`, or `{ model: NAME, dtype, pooling, max_tokens }`.
+    /// What makes a vector of an item's text: `tfidf`, `{ model: FOLDER, pooling, max_tokens, … }`, or
+    /// `{ endpoint: URL, model: NAME, … }`.
     pub encoder: Method<Tfidf, EmbeddingModel>,
     /// Neighbours of each item.
     pub top_k: usize,
+    /// How many items may be left without neighbours because the model had no answer for them.
+    pub max_failed_rows: usize,
     /// Which behaviour to follow where the published script is known to be wrong.
     pub compat: Compat,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { encoder: Method::default(), top_k: 20, compat: Compat::Fixed }
+        Self { encoder: Method::default(), top_k: 20, max_failed_rows: 0, compat: Compat::Fixed }
     }
 }
 
@@ -101,22 +171,23 @@ impl Stage for Similarity {
     }
 
     fn resources(params: &Params) -> Resources {
-        match params.encoder {
+        match &params.encoder {
             Method::BuiltIn(_) => Resources::cpus(2),
-            Method::Model(_) => Resources { gpus: 1, ..Resources::default() },
+            Method::Model(model) => model_folder::resources(model.endpoint.is_some()),
+        }
+    }
+
+    fn models(params: &Params) -> BTreeMap<String, String> {
+        match &params.encoder {
+            Method::Model(model) if model.endpoint.is_none() => [(embed::PLACE.to_owned(), model.name())].into(),
+            _ => BTreeMap::new(),
         }
     }
 
     fn check(params: &Params) -> Vec<ParamIssue> {
         let mut issues = match &params.encoder {
             Method::BuiltIn(tfidf) => tfidf.check(),
-            Method::Model(model) if model.model.trim().is_empty() => {
-                vec![ParamIssue::new("encoder.model", "the model has no name")]
-            }
-            Method::Model(model) if model.max_tokens == 0 => {
-                vec![ParamIssue::new("encoder.max_tokens", "must be at least 1")]
-            }
-            Method::Model(_) => Vec::new(),
+            Method::Model(model) => model.check(),
         };
         if params.top_k == 0 || params.top_k > 10_000 {
             issues.push(ParamIssue::new("top_k", "must be from 1 to 10000"));
@@ -124,19 +195,25 @@ impl Stage for Similarity {
         issues
     }
 
-    fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
-        let tfidf = match &params.encoder {
-            Method::BuiltIn(tfidf) => tfidf,
-            Method::Model(model) => {
-                return Err(StageError::params(format!("this build cannot run the encoder `{}`", model.model)).help(
-                    "set `encoder: tfidf`, which needs no model, or import neighbours that were made elsewhere",
-                ));
-            }
+    fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        let Method::Model(model) = &params.encoder else { return Ok(None) };
+        let folder = match &model.endpoint {
+            Some(_) => PathBuf::new(),
+            None if model_folder::is_at_hand(&model.name()) => cx.model(embed::PLACE, &model.name())?,
+            None => return Ok(None),
         };
+        let (texts, _) = texts(&items::read(cx.input("items")?)?, model, params.compat);
+        embed::job(&model.in_compat(params.compat), &folder, &texts).map(Some)
+    }
+
+    fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let items = items::read(cx.input("items")?)?;
         let reference = params.compat.is_reference();
         let wanted = params.top_k + usize::from(reference);
-        let mut found = threads::pool(cx)?.install(|| tfidf::top_k(&tfidf.encode(&items), wanted));
+        let mut found = match &params.encoder {
+            Method::BuiltIn(tfidf) => threads::pool(cx)?.install(|| tfidf::top_k(&tfidf.encode(&items), wanted)),
+            Method::Model(model) => by_model(params, model, cx, &items, wanted)?,
+        };
         if reference {
             for (own, row) in found.iter_mut().enumerate() {
                 fill_up(row, own, wanted.min(items.len() - 1), items.len());
@@ -168,6 +245,34 @@ impl Stage for Similarity {
     }
 }
 
+/// The texts that a model is given, and the item of each. `fixed` leaves out items without a text.
+fn texts(items: &[Item], model: &EmbeddingModel, compat: Compat) -> (Vec<String>, Vec<usize>) {
+    let texts = items.iter().enumerate().filter_map(|(place, item)| {
+        let text = text::item_text(item, compat);
+        (compat.is_reference() || !text.is_empty()).then(|| (model.prefix.clone() + &text, place))
+    });
+    texts.unzip()
+}
+
+/// The `wanted` nearest items of each, by a model's vectors.
+fn by_model(
+    params: &Params,
+    model: &EmbeddingModel,
+    cx: &mut StageContext,
+    items: &[Item],
+    wanted: usize,
+) -> Result<Vec<Vec<(u32, f32)>>, StageError> {
+    let (texts, places) = texts(items, model, params.compat);
+    let embedded = embed::embed(cx, &model.in_compat(params.compat), &texts, params.max_failed_rows)?;
+    let near = threads::pool(cx)?.install(|| nearest::top_k(&embedded.vectors, embedded.width, wanted));
+    let place = |row: usize| places[embedded.texts[row]];
+    let mut found = vec![Vec::new(); items.len()];
+    for (row, near) in near.into_iter().enumerate() {
+        found[place(row)] = near.into_iter().map(|(other, score)| (place(other as usize) as u32, score)).collect();
+    }
+    Ok(found)
+}
+
 /// Adds items that share nothing, in catalogue order, until `row` has `wanted`.
 fn fill_up(row: &mut Vec<(u32, f32)>, own: usize, wanted: usize, items: usize) {
     let mut next = 0;
@@ -190,7 +295,11 @@ fn written(score: f32, reference: bool) -> f64 {
 mod tests {
     use serde_json::{Value, json};
 
-    use crate::testing::{refuses, run, run_on, shared_data};
+    use crate::{
+        endpoint::server::{Reply, Request, Server},
+        rows::MemoryMemo,
+        testing::{Bench, refuses, run, run_on, shared_data},
+    };
 
     const ITEMS: &str = r#"{"id":"a","title":"red soap bar"}
 {"id":"b","title":"red soap"}
@@ -236,12 +345,101 @@ mod tests {
         assert_eq!(one, on(3));
     }
 
+    fn tiny(name: &str) -> String {
+        format!("{}/nn/tests/fixtures/encoders/{name}", env!("CARGO_MANIFEST_DIR"))
+    }
+
     #[test]
-    fn a_model_plans_but_does_not_run() {
-        let with = json!({"encoder": {"model": "Qwen/Qwen3-Embedding-8B", "dtype": "bf16", "pooling": "last"}});
+    fn a_model_folder_embeds_and_items_without_text_stay_alone() {
+        for name in ["bert", "qwen3"] {
+            let with = json!({"encoder": {"model": tiny(name), "max_tokens": 40}, "top_k": 10});
+            let ran = run("similarity", with.clone(), &[("items", ITEMS)]).unwrap();
+            let lines = ran.lines("neighbors");
+            // Four items with text are neighbours of each other.
+            assert_eq!(
+                lines.iter().map(|l| l["neighbors"].as_array().unwrap().len()).collect::<Vec<_>>(),
+                [3, 3, 3, 3, 0]
+            );
+            let same = run_on(3, "similarity", with, &[("items", ITEMS)]).unwrap();
+            assert_eq!(same.text("neighbors"), ran.text("neighbors"));
+        }
+        let with = json!({"encoder": {"model": tiny("qwen3")}, "top_k": 2, "compat": "reference"});
+        let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
+        assert_eq!(ids(&ran.json("neighbors")["a"], "item_id").len(), 2);
         let stage = crate::kind("similarity").unwrap();
-        assert_eq!(stage.resources(&stage.resolve_params(&with).unwrap()).unwrap().gpus, 1);
-        refuses(run("similarity", with, &[("items", ITEMS)]), &["Qwen/Qwen3-Embedding-8B", "encoder: tfidf"]);
+        let with = stage.resolve_params(&json!({"encoder": {"model": "Qwen/Qwen3-Embedding-8B", "revision": "v1"}}));
+        let named = stage.models(&with.unwrap()).unwrap();
+        assert_eq!(named.get("encoder.model").map(String::as_str), Some("Qwen/Qwen3-Embedding-8B@v1"));
+    }
+
+    /// A vector that says how many letters `e` and `l` a text has.
+    fn letters(text: &str) -> Value {
+        let count = |letter| text.matches(letter).count() as f64;
+        json!([count('e') + 0.1, count('l') + 0.1, 2.0])
+    }
+
+    fn embeddings(request: &Request) -> Value {
+        let texts = request.body["input"].as_array().unwrap();
+        let one =
+            |(index, text): (usize, &Value)| json!({"index": index, "embedding": letters(text.as_str().unwrap())});
+        let mut data: Vec<Value> = texts.iter().enumerate().map(one).collect();
+        // Servers may answer in any order.
+        data.reverse();
+        json!({"object": "list", "data": data})
+    }
+
+    #[test]
+    fn a_server_embeds_whatever_it_does_in_between() {
+        let items: String = (0..70)
+            .map(|i| format!("{}\n", json!({"id": i.to_string(), "title": "el".repeat(i % 9 + 1) + " soap"})))
+            .collect();
+        let server = Server::start(|request| match request.number {
+            0 => Reply::Status(429, "retry-after: 0.05", json!({})),
+            1 => Reply::Status(502, "", json!({})),
+            2 => Reply::Half(embeddings(request)),
+            3 => Reply::Text("no"),
+            4 => {
+                let mut short = embeddings(request);
+                short["data"].as_array_mut().unwrap().pop();
+                Reply::Json(short)
+            }
+            5 => Reply::Hang,
+            6 => Reply::Json(json!({"data": [{"index": 0, "embedding": ["x"]}]})),
+            _ => Reply::Json(embeddings(request)),
+        });
+        let with = |url: &str| json!({"encoder": {"endpoint": url, "model": "m", "timeout": 0.5, "retries": 7, "concurrency": 2}, "top_k": 3});
+        let memo = MemoryMemo::default();
+        let bench = Bench::new().input("items", &items).memo(&memo);
+        let ran = bench.run("similarity", with(&server.url())).unwrap();
+        assert_eq!(memo.len("embedding"), 9, "nine different texts");
+        let lines = ran.lines("neighbors");
+        assert_eq!(lines.len(), 70);
+        assert_eq!(ids(&lines[0]["neighbors"], "id"), ["9", "18", "27"]);
+        assert_eq!(lines[0]["neighbors"][0]["score"], 1.0);
+        let report = ran.logs().into_iter().find(|line| line.contains("tried again")).unwrap().to_owned();
+        assert!(report.contains("2 × another answer than was asked for"), "{report}");
+        assert_eq!(server.seen().last().unwrap().path, "/v1/embeddings");
+        drop(server);
+        let again = bench.run("similarity", with("http://127.0.0.1:9/v1")).unwrap();
+        assert_eq!(again.text("neighbors"), ran.text("neighbors"));
+    }
+
+    #[test]
+    fn one_text_that_a_server_refuses_leaves_the_others() {
+        let server = Server::start(|request| {
+            let texts = request.body["input"].as_array().unwrap();
+            match texts.iter().any(|text| text == "Title: blue gel") {
+                true => Reply::Status(400, "", json!({"error": {"message": "too blue"}})),
+                false => Reply::Json(embeddings(request)),
+            }
+        });
+        let mut with = json!({"encoder": {"endpoint": server.url(), "model": "m"}, "top_k": 3});
+        let error = run("similarity", with.clone(), &[("items", ITEMS)]).unwrap_err();
+        assert!(error.to_string().contains("1 of 4 items failed") && error.to_string().contains("too blue"), "{error}");
+        with["max_failed_rows"] = json!(1);
+        let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
+        let counts = |l: &Value| l["neighbors"].as_array().unwrap().len();
+        assert_eq!(ran.lines("neighbors").iter().map(counts).collect::<Vec<_>>(), [2, 2, 0, 2, 0]);
     }
 
     #[test]
@@ -254,6 +452,8 @@ mod tests {
             (json!({"encoder": {"tfidf": {"max_df": 2}}}), "encoder.tfidf.max_df"),
             (json!({"encoder": "tfdif"}), "encoder"),
             (json!({"encoder": {"model": " "}}), "encoder.model"),
+            (json!({"encoder": {"model": "m", "max_tokens": 0}}), "encoder.max_tokens"),
+            (json!({"encoder": {"model": "m", "endpoint": "h:80"}}), "encoder.endpoint"),
         ] {
             assert_eq!(stage.resolve_params(&with).unwrap_err()[0].path, path);
         }

@@ -1,13 +1,16 @@
 //! Stage `tid`: five words for every item, the term identifier that a recommender will write.
 //!
-//! The `keywords` extractor needs no model ([`keywords`]); a model's prompt and the reading of its answers are in
-//! [`prompt`] and [`parse`], running it is the inference engine's business. A user's own answers (`overrides`) win
-//! over any extractor's. Items without a usable text get no words, and are listed in `invalid` with the reason; they
+//! The `keywords` extractor needs no model ([`keywords`]); a language model is asked for each item ([`language`]), with
+//! the prompt of [`prompt`] and its answers read by [`parse`]. A user's own answers (`overrides`) win over any
+//! extractor's. Items without a usable text or answer get no words, and are listed in `invalid` with the reason; they
 //! stay in `tids`, so that the statistics count them, and later stages leave them out.
 
-use std::collections::HashMap;
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Instant,
+};
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -16,74 +19,60 @@ use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{Item, ItemId, Neighbor, TID_LENGTH, items, jsonl, neighbors, python_json, tids},
     method::Method,
+    model_folder,
     prompts::Prompts,
-    similarity::Dtype,
+    rows::RowJob,
     threads,
 };
 
 mod collisions;
 pub mod keywords;
+mod language;
 mod overrides;
 pub mod parse;
 pub mod prompt;
 pub mod statistics;
 
 use keywords::{Choice, Keywords};
+use language::{Asker, Catalogue, LanguageModel, Spent};
 use statistics::Entry;
 
 pub struct Tid;
-
-/// A language model that is asked for each item's words.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct LanguageModel {
-    /// A repository on the Hugging Face hub, or a folder.
-    pub model: String,
-    /// The revision of the repository.
-    #[serde(default)]
-    pub revision: Option<String>,
-    /// The type that weights and arithmetic have.
-    #[serde(default)]
-    pub dtype: Dtype,
-    /// Longest answer, in tokens.
-    #[serde(default = "max_new_tokens")]
-    pub max_new_tokens: u32,
-    /// How often an item is asked for before its answer counts as invalid.
-    #[serde(default = "max_attempts")]
-    pub max_attempts: u32,
-}
-
-fn max_new_tokens() -> u32 {
-    50
-}
-
-fn max_attempts() -> u32 {
-    3
-}
 
 /// Parameters of `tid`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Params {
-    /// What chooses the words: `keywords`, or `{ model: NAME, dtype, max_new_tokens, max_attempts }`.
+    /// What chooses the words: `keywords`, `{ model: FOLDER, max_attempts, … }`, or
+    /// `{ endpoint: URL, model: NAME, … }`.
     pub extractor: Method<Keywords, LanguageModel>,
     /// Neighbours of an item that are shown to a model and compared in the statistics; 0 leaves the context out.
     pub neighbors: usize,
-    /// Changes the last words of items that would share a TID, as far as their texts hold other words.
+    /// Changes the last words of items that would share a TID: `keywords` as far as their texts hold other words, a
+    /// model by asking it for another word. Not in `compat: reference`, when a model is asked.
     pub resolve_collisions: bool,
+    /// How many items may be left without words because the model had no answer for them.
+    pub max_failed_rows: usize,
     /// Which behaviour to follow where the published script is known to be wrong (a model's prompt and answers).
     pub compat: Compat,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { extractor: Method::default(), neighbors: 5, resolve_collisions: true, compat: Compat::Fixed }
+        Self {
+            extractor: Method::default(),
+            neighbors: 5,
+            resolve_collisions: true,
+            max_failed_rows: 0,
+            compat: Compat::Fixed,
+        }
     }
 }
 
 impl Stage for Tid {
     const KIND: &'static str = "tid";
     const SUMMARY: &'static str = "five words for every item: its term identifier";
+    const FLOATING_POINT: bool = true;
     type Params = Params;
 
     fn ports(_: &Params) -> Ports {
@@ -104,9 +93,16 @@ impl Stage for Tid {
     }
 
     fn resources(params: &Params) -> Resources {
-        match params.extractor {
+        match &params.extractor {
             Method::BuiltIn(_) => Resources::cpus(2),
-            Method::Model(_) => Resources { gpus: 1, ..Resources::default() },
+            Method::Model(model) => model_folder::resources(model.endpoint.is_some()),
+        }
+    }
+
+    fn models(params: &Params) -> BTreeMap<String, String> {
+        match &params.extractor {
+            Method::Model(model) if model.endpoint.is_none() => [(language::PLACE.to_owned(), model.name())].into(),
+            _ => BTreeMap::new(),
         }
     }
 
@@ -114,17 +110,7 @@ impl Stage for Tid {
         let mut issues = Vec::new();
         match &params.extractor {
             Method::BuiltIn(keywords) => issues.extend(keywords.check()),
-            Method::Model(model) => {
-                if model.model.trim().is_empty() {
-                    issues.push(ParamIssue::new("extractor.model", "the model has no name"));
-                }
-                if model.max_attempts == 0 {
-                    issues.push(ParamIssue::new("extractor.max_attempts", "must be at least 1"));
-                }
-                if model.max_new_tokens == 0 {
-                    issues.push(ParamIssue::new("extractor.max_new_tokens", "must be at least 1"));
-                }
-            }
+            Method::Model(model) => issues.extend(model.check()),
         }
         if params.neighbors > 1000 {
             issues.push(ParamIssue::new("neighbors", "at most 1000"));
@@ -132,53 +118,159 @@ impl Stage for Tid {
         issues
     }
 
+    fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        let Method::Model(model) = &params.extractor else { return Ok(None) };
+        if model.endpoint.is_none() && !model_folder::is_at_hand(&model.name()) {
+            return Ok(None);
+        }
+        let given = Given::read(params, cx)?;
+        let asker = Asker::new(cx, model, params.compat, params.max_failed_rows)?;
+        Ok(Some(given.catalogue(params, |catalogue| asker.job(&catalogue.prompts().1))))
+    }
+
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
-        let keywords = match &params.extractor {
-            Method::BuiltIn(keywords) => keywords,
+        let given = Given::read(params, cx)?;
+        let (mut found, spent) = match &params.extractor {
+            Method::BuiltIn(keywords) => (by_keywords(params, keywords, cx, &given)?, None),
             Method::Model(model) => {
-                return Err(StageError::params(format!("this build cannot run the extractor `{}`", model.model))
-                    .help("set `extractor: keywords`, which needs no model, or import TIDs with `import_tids`"));
+                let (found, spent) = by_model(params, model, cx, &given)?;
+                (found, Some(spent))
             }
         };
+        for (item, found) in given.items.iter().zip(&mut found) {
+            if let Some(words) = given.overrides.get(&item.id) {
+                *found = Found::given(words.to_vec());
+            }
+        }
+        write(params, cx, &given, &found, spent)
+    }
+}
+
+/// The inputs.
+struct Given {
+    items: Vec<Item>,
+    /// The neighbours of each item: those that are shown, and more where the keywords use them.
+    near: FxHashMap<ItemId, Vec<Neighbor>>,
+    overrides: FxHashMap<ItemId, [String; TID_LENGTH]>,
+    prompts: Prompts,
+}
+
+impl Given {
+    fn read(params: &Params, cx: &StageContext) -> Result<Self, StageError> {
         // A wrong file is an error even where its texts are not needed.
-        Prompts::load(cx.optional_input("prompts"))?;
+        let prompts = Prompts::load(cx.optional_input("prompts"))?;
         let items = items::read(cx.input("items")?)?;
-        let places: HashMap<&ItemId, usize> = items.iter().enumerate().map(|(i, item)| (&item.id, i)).collect();
         let mut near = read_neighbors(cx)?;
+        if let Method::Model(_) = params.extractor {
+            near.values_mut().for_each(|near| near.truncate(params.neighbors));
+        }
         let overrides = match cx.optional_input("overrides") {
-            Some(path) => overrides::read(path, |id| places.contains_key(id))?,
+            Some(path) => {
+                let known: FxHashSet<&ItemId> = items.iter().map(|item| &item.id).collect();
+                overrides::read(path, |id| known.contains(id))?
+            }
             None => FxHashMap::default(),
         };
-        let width = if params.neighbors == 0 { 0 } else { keywords.context };
-        let context: Vec<Vec<(usize, f32)>> = items
-            .iter()
-            .map(|item| {
-                let near = near.get(&item.id).into_iter().flatten().filter(|n| n.id != item.id).take(width);
-                near.filter_map(|n| Some((*places.get(&n.id)?, n.score as f32))).collect()
-            })
-            .collect();
-
-        let mut choices = threads::pool(cx)?.install(|| keywords.extract(&items, &context));
-        for (item, choice) in items.iter().zip(&mut choices) {
-            if overrides.contains_key(&item.id) {
-                *choice = Choice::default();
-            }
-        }
-        if params.resolve_collisions {
-            let given = overrides.values().map(|words| words.to_vec());
-            let left = collisions::resolve(&mut choices, given);
-            if left > 0 {
-                cx.info(format!("{left} items share their TID with another: their texts hold no other words"));
-            }
-        }
-        for (item, choice) in items.iter().zip(&mut choices) {
-            if let Some(words) = overrides.get(&item.id) {
-                choice.words = words.to_vec();
-            }
-        }
-        near.values_mut().for_each(|near| near.truncate(params.neighbors));
-        write(cx, &items, &near, &choices)
+        Ok(Self { items, near, overrides, prompts })
     }
+
+    /// Calls `with` with what a model is asked about.
+    fn catalogue<R>(&self, params: &Params, with: impl FnOnce(&Catalogue) -> R) -> R {
+        with(&Catalogue {
+            items: &self.items,
+            neighbors: &|id| self.near.get(id).map_or(&[], Vec::as_slice),
+            template: &self.prompts.tid_extraction,
+            compat: params.compat,
+            given: &|id| self.overrides.contains_key(id),
+        })
+    }
+
+    fn given_tids(&self) -> impl Iterator<Item = Vec<String>> {
+        self.overrides.values().map(|words| words.to_vec())
+    }
+}
+
+/// What an extractor found for an item.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Found {
+    words: Vec<String>,
+    /// The answer that the words are from.
+    output: String,
+    /// Why the words are no TID.
+    problem: Option<String>,
+}
+
+impl Found {
+    fn given(words: Vec<String>) -> Self {
+        Self { output: format!("[{}]", words.join(", ")), words, problem: None }
+    }
+}
+
+fn by_keywords(
+    params: &Params,
+    keywords: &Keywords,
+    cx: &mut StageContext,
+    given: &Given,
+) -> Result<Vec<Found>, StageError> {
+    let items = &given.items;
+    let places: HashMap<&ItemId, usize> = items.iter().enumerate().map(|(i, item)| (&item.id, i)).collect();
+    let width = if params.neighbors == 0 { 0 } else { keywords.context };
+    let context: Vec<Vec<(usize, f32)>> = items
+        .iter()
+        .map(|item| {
+            let near = given.near.get(&item.id).into_iter().flatten().filter(|n| n.id != item.id).take(width);
+            near.filter_map(|n| Some((*places.get(&n.id)?, n.score as f32))).collect()
+        })
+        .collect();
+    let mut choices = threads::pool(cx)?.install(|| keywords.extract(items, &context));
+    for (item, choice) in items.iter().zip(&mut choices) {
+        if given.overrides.contains_key(&item.id) {
+            *choice = Choice::default();
+        }
+    }
+    if params.resolve_collisions {
+        let left = collisions::resolve(&mut choices, given.given_tids());
+        if left > 0 {
+            cx.info(format!("{left} items share their TID with another: their texts hold no other words"));
+        }
+    }
+    let found = choices.into_iter().map(|Choice { words, .. }| match words.len() {
+        TID_LENGTH => Found::given(words),
+        0 => Found { problem: Some("no usable text".into()), ..Found::default() },
+        _ => Found { words, output: String::new(), problem: Some("too few different words".into()) },
+    });
+    Ok(found.collect())
+}
+
+fn by_model(
+    params: &Params,
+    model: &LanguageModel,
+    cx: &mut StageContext,
+    given: &Given,
+) -> Result<(Vec<Found>, Spent), StageError> {
+    let start = Instant::now();
+    let mut asker = Asker::new(cx, model, params.compat, params.max_failed_rows)?;
+    let (found, spent) = given.catalogue(params, |catalogue| {
+        let (mut found, mut spent) = language::extract(cx, &mut asker, catalogue)?;
+        if params.resolve_collisions && !params.compat.is_reference() {
+            let (taken, rounds) = (given.given_tids(), model.max_attempts);
+            let left = language::distinguish(cx, &mut asker, catalogue, &mut found, taken, &mut spent, rounds)?;
+            if left > 0 {
+                cx.info(format!("{left} items share their TID with another: the model had no other word for them"));
+            }
+        }
+        Ok::<_, StageError>((found, spent))
+    })?;
+    let seconds = start.elapsed().as_secs_f64();
+    cx.info(format!(
+        "{} answers ({} asked again), {} prompt and {} answer tokens, {seconds:.1} s",
+        spent.answers, spent.asked_again, spent.prompt_tokens, spent.answer_tokens
+    ));
+    // Not in the statistics: they are the same whenever and wherever the same answers come from.
+    cx.metric("seconds", seconds, None);
+    cx.metric("prompt_tokens", spent.prompt_tokens as f64, None);
+    cx.metric("answer_tokens", spent.answer_tokens as f64, None);
+    Ok((found, spent))
 }
 
 /// The neighbours of each item.
@@ -189,31 +281,40 @@ fn read_neighbors(cx: &StageContext) -> Result<FxHashMap<ItemId, Vec<Neighbor>>,
 }
 
 fn write(
+    params: &Params,
     cx: &mut StageContext,
-    items: &[Item],
-    near: &FxHashMap<ItemId, Vec<Neighbor>>,
-    choices: &[Choice],
+    given: &Given,
+    found: &[Found],
+    spent: Option<Spent>,
 ) -> Result<(), StageError> {
+    let (items, compat) = (&given.items, params.compat);
+    // What the published script writes of an answer without five words stays: blanks and all.
+    let as_told = compat.is_reference() && spent.is_some();
+    let near = |id: &ItemId| given.near.get(id).into_iter().flatten().take(params.neighbors);
     let mut invalid = jsonl::Writer::create(cx.output("invalid")?)?;
     let mut records: Vec<Map<String, Value>> = Vec::with_capacity(items.len());
+    let mut entries: Vec<Entry> = Vec::with_capacity(items.len());
     let mut unusable = 0;
-    for (item, choice) in items.iter().zip(choices) {
-        let valid = choice.words.len() == TID_LENGTH;
-        if !valid {
+    for (item, found) in items.iter().zip(found) {
+        let valid = found.problem.is_none();
+        if let Some(reason) = &found.problem {
             unusable += 1;
-            let reason = if choice.words.is_empty() { "no usable text" } else { "too few different words" };
-            invalid.write(&json!({"id": item.id, "reason": reason, "words": choice.words}))?;
+            let mut line = json!({"id": item.id, "reason": reason, "words": found.words});
+            if !found.output.is_empty() {
+                line["answer"] = json!(found.output);
+            }
+            invalid.write(&line)?;
         }
-        let words: &[String] = if valid { &choice.words } else { &[] };
-        let similar: Vec<&ItemId> = near.get(&item.id).into_iter().flatten().map(|n| &n.id).collect();
+        let words: &[String] = if valid || as_told { &found.words } else { &[] };
+        let similar: Vec<&ItemId> = near(&item.id).map(|n| &n.id).collect();
         let Value::Object(mut record) = item.to_value() else {
             return Err(StageError::bug("an item is not an object"));
         };
-        record
-            .insert("llm_output".into(), json!(if valid { format!("[{}]", words.join(", ")) } else { String::new() }));
+        record.insert("llm_output".into(), json!(if valid || as_told { found.output.as_str() } else { "" }));
         record.insert("summary_words".into(), json!(words));
         record.insert("similar_item_ids".into(), json!(similar));
         records.push(record);
+        entries.push(Entry { id: &item.id, words: words.iter().map(String::as_str).collect() });
     }
     invalid.finish()?;
     if unusable > 0 {
@@ -224,22 +325,22 @@ fn write(
     }
     tids::write(cx.output("tids")?, &records)?;
 
-    let entries: Vec<Entry> = items
-        .iter()
-        .zip(choices)
-        .map(|(item, choice)| Entry {
-            id: &item.id,
-            words: if choice.words.len() == TID_LENGTH {
-                choice.words.iter().map(String::as_str).collect()
-            } else {
-                Vec::new()
-            },
-        })
-        .collect();
-    let by_id: FxHashMap<&ItemId, &[Neighbor]> = near.iter().map(|(id, near)| (id, near.as_slice())).collect();
-    let report = statistics::statistics(&entries, &by_id);
+    let by_id: FxHashMap<&ItemId, &[Neighbor]> =
+        given.near.iter().map(|(id, near)| (id, &near[..near.len().min(params.neighbors)])).collect();
+    let mut report = statistics::statistics(&entries, &by_id);
     if let Some(rate) = report["conflict_analysis"]["conflict_rate"].as_f64() {
         cx.metric("collision_rate", rate, None);
+    }
+    if !compat.is_reference() {
+        report["summary"] = statistics::summary(&entries);
+        if let Some(spent) = spent {
+            report["extraction"] = json!({
+                "answers": spent.answers,
+                "asked_again": spent.asked_again,
+                "prompt_tokens": spent.prompt_tokens,
+                "answer_tokens": spent.answer_tokens,
+            });
+        }
     }
     let mut text = Vec::new();
     python_json::write_pretty(&mut text, &report, 0);
@@ -300,21 +401,13 @@ mod tests {
     }
 
     #[test]
-    fn a_model_plans_but_does_not_run() {
-        let with = json!({"extractor": {"model": "Qwen/Qwen3-4B-Instruct-2507"}, "neighbors": 0});
-        let stage = crate::kind("tid").unwrap();
-        assert_eq!(stage.resources(&stage.resolve_params(&with).unwrap()).unwrap().gpus, 1);
-        refuses(run("tid", with, &[("items", ITEMS)]), &["Qwen3-4B", "extractor: keywords"]);
-        let with = json!({"extractor": {"model": "m", "max_attempts": 0}, "neighbors": 5000});
-        let paths: Vec<String> = stage.resolve_params(&with).unwrap_err().into_iter().map(|i| i.path).collect();
-        assert_eq!(paths, ["extractor.max_attempts", "neighbors"]);
-    }
-
-    #[test]
     fn bad_input_is_refused() {
         refuses(run("tid", json!({}), &[("items", ITEMS), ("neighbors", "{\"1\": [{")]), &["input-neighbors:1"]);
         refuses(run("tid", json!({}), &[("items", ITEMS), ("prompts", "{}")]), &["prompts"]);
         refuses(run("tid", json!({}), &[("items", &ITEMS[..90])]), &["input-items:2"]);
+        let with = json!({"extractor": {"model": "m", "max_attempts": 0}, "neighbors": 5000});
+        let issues = crate::kind("tid").unwrap().resolve_params(&with).unwrap_err();
+        assert_eq!(issues.into_iter().map(|i| i.path).collect::<Vec<_>>(), ["extractor.max_attempts", "neighbors"]);
     }
 
     #[test]

@@ -34,6 +34,23 @@ pub fn statistics(entries: &[Entry], neighbors: &FxHashMap<&ItemId, &[Neighbor]>
     })
 }
 
+/// What the published file leaves to its readers: how many words and TIDs there are, and how many items have one of
+/// their own.
+pub fn summary(entries: &[Entry]) -> Value {
+    let whole = |e: &&Entry| e.words.len() == TID_LENGTH && e.words.iter().all(|w| !w.is_empty());
+    let words: FxHashSet<&str> = entries.iter().flat_map(|e| &e.words).filter_map(nonblank).collect();
+    let valid = entries.iter().filter(whole).count();
+    let tids: FxHashSet<&[&str]> = entries.iter().filter(whole).map(|e| e.words.as_slice()).collect();
+    let share = |part: usize, of: usize| if of == 0 { 0.0 } else { part as f64 / of as f64 };
+    json!({
+        "items": entries.len(),
+        "valid_share": share(valid, entries.len()),
+        "distinct_words": words.len(),
+        "distinct_tids": tids.len(),
+        "collision_rate": share(valid - tids.len(), valid),
+    })
+}
+
 fn nonblank<'a>(word: &&'a str) -> Option<&'a str> {
     (!word.is_empty()).then_some(*word)
 }
@@ -177,6 +194,18 @@ mod tests {
         assert_eq!(report["validity_analysis"], json!({"valid_items": 0, "partial_items": 1, "invalid_items": 0}));
         assert_eq!(report["word_frequency"], json!({"a": 1, "c": 1}));
         assert_eq!(statistics(&[], &FxHashMap::default())["conflict_analysis"]["conflict_rate"], 0);
+    }
+
+    #[test]
+    fn a_summary_counts_whole_tids() {
+        let id = ItemId("1".into());
+        let entry = |words: &'static str| Entry { id: &id, words: words.split(' ').collect() };
+        let entries = [entry("a b c d e"), entry("a b c d e"), entry("a b c d f"), entry("a b  d e"), entry("")];
+        let expected = json!({
+            "items": 5, "valid_share": 0.6, "distinct_words": 6, "distinct_tids": 2, "collision_rate": 1.0 / 3.0,
+        });
+        assert_eq!(summary(&entries), expected);
+        assert_eq!(summary(&[])["collision_rate"], 0.0);
     }
 
     #[test]

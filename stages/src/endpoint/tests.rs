@@ -1,0 +1,212 @@
+//! The client against a server that fails in every way.
+
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    CallError, Endpoint, Settings,
+    server::{Reply, Server},
+};
+use crate::{Failure, StageError, StopFlag};
+
+fn settings() -> Settings {
+    Settings { timeout: 0.4, retries: 3, concurrency: 4, ..Settings::default() }
+}
+
+fn endpoint(url: &str, settings: Settings) -> Endpoint {
+    Endpoint::new(url, settings, StopFlag::default())
+        .unwrap()
+        .with_delays(Duration::from_millis(5), Duration::from_millis(20))
+}
+
+fn body(number: usize) -> Map<String, Value> {
+    Map::from_iter([("n".to_owned(), json!(number))])
+}
+
+/// Takes `{"n": …}`.
+fn number(value: &Value) -> Result<u64, String> {
+    value["n"].as_u64().ok_or_else(|| "no number".to_owned())
+}
+
+/// The first answer to every request is `first`, further ones are right.
+fn failing_first(first: impl Fn(&Value) -> Reply + Send + Sync + 'static) -> Server {
+    let asked: Mutex<Vec<Value>> = Mutex::default();
+    Server::start(move |request| {
+        let mut asked = asked.lock().unwrap();
+        if asked.contains(&request.body) {
+            Reply::Json(request.body.clone())
+        } else {
+            asked.push(request.body.clone());
+            first(&request.body)
+        }
+    })
+}
+
+#[test]
+fn every_failure_that_may_pass_is_tried_again() {
+    let replies: [(&str, Reply); 8] = [
+        ("status 429", Reply::Status(429, "retry-after: 0.05", json!({"error": {"message": "too many"}}))),
+        ("status 500", Reply::Status(500, "", json!("oh"))),
+        ("status 503", Reply::Status(503, "retry-after: Sun, 06 Nov 1994 08:49:37 GMT", json!({}))),
+        ("no answer in time", Reply::Hang),
+        ("half an answer or none", Reply::Half(json!({"n": 7, "text": "long enough to be cut"}))),
+        ("half an answer or none", Reply::Close),
+        ("not JSON", Reply::Text("{\"n\": ")),
+        ("another answer than was asked for", Reply::Json(json!({"m": 1}))),
+    ];
+    for (reason, reply) in replies {
+        let server = failing_first(move |_| reply.clone());
+        let endpoint = endpoint(&server.url(), settings());
+        let answers = endpoint.each(&[0, 1, 2], |n| endpoint.post("x", body(*n), number).unwrap());
+        assert_eq!(answers, [0, 1, 2], "{reason}");
+        let report = endpoint.report().unwrap();
+        assert!(report.contains(&format!("3 requests answered; 3 tried again (3 × {reason})")), "{report}");
+        assert_eq!(server.seen().len(), 6, "{reason}");
+    }
+}
+
+#[test]
+fn slow_answers_that_come_in_time_are_taken() {
+    let server = Server::start(|request| Reply::Slow(Duration::from_millis(60), request.body.clone()));
+    let endpoint = endpoint(&server.url(), settings());
+    let start = Instant::now();
+    let all: Vec<usize> = (0..8).collect();
+    assert_eq!(endpoint.each(&all, |n| endpoint.post("x", body(*n), number).unwrap()), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert!(start.elapsed() >= Duration::from_millis(120), "4 at once");
+    assert_eq!(endpoint.report(), None);
+}
+
+#[test]
+fn no_more_requests_than_allowed_are_under_way() {
+    static UNDER_WAY: AtomicUsize = AtomicUsize::new(0);
+    static MOST: AtomicUsize = AtomicUsize::new(0);
+    let server = Server::start(|request| {
+        MOST.fetch_max(UNDER_WAY.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(10));
+        UNDER_WAY.fetch_sub(1, Ordering::SeqCst);
+        Reply::Json(request.body.clone())
+    });
+    let endpoint = endpoint(&server.url(), Settings { concurrency: 3, timeout: 10.0, ..settings() });
+    let all: Vec<usize> = (0..20).collect();
+    assert_eq!(endpoint.each(&all, |n| endpoint.post("x", body(*n), number).is_ok()).len(), 20);
+    assert_eq!(MOST.load(Ordering::SeqCst), 3);
+}
+
+#[test]
+fn a_server_that_asks_for_a_pause_gets_it_from_all() {
+    let server = Server::start(|request| match request.number {
+        0 => Reply::Status(429, "retry-after: 0.3", json!({})),
+        _ => Reply::Json(request.body.clone()),
+    });
+    let endpoint = endpoint(&server.url(), Settings { concurrency: 1, ..settings() });
+    let start = Instant::now();
+    assert_eq!(endpoint.each(&[1, 2], |n| endpoint.post("x", body(*n), number).unwrap()), [1, 2]);
+    assert!(start.elapsed() >= Duration::from_millis(300));
+}
+
+#[test]
+fn one_refused_request_leaves_the_others() {
+    let server = Server::start(|request| match request.body["n"].as_u64() {
+        Some(1) => Reply::Status(400, "", json!({"error": {"message": "the prompt is too long"}})),
+        _ => Reply::Json(request.body.clone()),
+    });
+    let endpoint = endpoint(&server.url(), settings());
+    let answers = endpoint.each(&[0, 1, 2], |n| endpoint.post("x", body(*n), number));
+    assert!(answers[0].is_ok() && answers[2].is_ok());
+    let Err(CallError::Refused(failure)) = &answers[1] else { panic!("{answers:?}") };
+    assert!(failure.message.ends_with("status 400: the prompt is too long"), "{failure}");
+    assert_eq!(server.seen().len(), 3, "a refused request is not tried again");
+}
+
+#[test]
+fn a_wrong_key_or_address_ends_all_and_the_key_is_in_no_message() {
+    let key = "sk-secret-1234567";
+    // SAFETY of the test process: nextest gives each test its own; the name is used nowhere else.
+    unsafe { std::env::set_var("GRLM_TEST_ENDPOINT_KEY", key) };
+    let server = Server::start(move |_| {
+        Reply::Status(401, "", json!({"error": {"message": "Incorrect API key provided: sk-secret-1234567."}}))
+    });
+    let with_key = Settings { api_key_env: Some("GRLM_TEST_ENDPOINT_KEY".into()), ..settings() };
+    let endpoint = endpoint(&server.url(), with_key);
+    let Err(CallError::All(error)) = endpoint.post("x", body(0), number) else { panic!() };
+    assert!(error.to_string().ends_with("status 401: Incorrect API key provided: ***."), "{error}");
+    assert_eq!(error.failure(), Failure::Environment);
+    assert!(!format!("{error:?} {endpoint:?} {:?}", endpoint.report()).contains(key));
+    assert_eq!(server.seen()[0].authorization.as_deref(), Some("Bearer sk-secret-1234567"));
+    let missing = Settings { api_key_env: Some("GRLM_TEST_NO_SUCH_KEY".into()), ..settings() };
+    let error = Endpoint::new("http://127.0.0.1:1/v1", missing, StopFlag::default()).unwrap_err();
+    assert!(error.to_string().contains("`GRLM_TEST_NO_SUCH_KEY` is not set"));
+    assert!(error.help_text().unwrap().contains("secrets: [GRLM_TEST_NO_SUCH_KEY]"));
+}
+
+#[test]
+fn a_server_that_is_down_ends_all_after_a_few_requests() {
+    let server = Server::start(|_| Reply::Close);
+    let endpoint = endpoint(&server.url(), Settings { retries: 1, ..settings() });
+    let all: Vec<usize> = (0..100).collect();
+    let answers = endpoint.each(&all, |n| endpoint.post("x", body(*n), number));
+    let ended = answers.iter().filter(|a| matches!(a, Err(CallError::All(StageError::Network { .. })))).count();
+    assert!(ended >= 90, "{ended}");
+    assert!(server.seen().len() <= 20, "{}", server.seen().len());
+    let Err(CallError::NoAnswer(failure)) = &answers[0] else { panic!() };
+    assert!(failure.message.starts_with("no answer in 2 tries; the last: http://"), "{failure}");
+    let gathered = super::gather(answers);
+    assert!(gathered.end.unwrap().to_string().contains("requests in a row had no answer"));
+    assert_eq!(gathered.results.len(), 100);
+    let nobody = endpoint_without_server();
+    assert!(matches!(nobody.post("x", body(0), number), Err(CallError::NoAnswer(_))));
+    assert!(nobody.report().unwrap().contains("1 failed; 3 tried again"), "{:?}", nobody.report());
+}
+
+fn endpoint_without_server() -> Endpoint {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    endpoint(&format!("http://{free}/v1"), settings())
+}
+
+#[test]
+fn a_stop_ends_the_waits() {
+    let server = Server::start(|_| Reply::Status(429, "retry-after: 600", json!({})));
+    let stop = StopFlag::default();
+    let endpoint = Endpoint::new(&server.url(), settings(), stop.clone()).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(100));
+            stop.stop();
+        });
+        let answer = endpoint.post("x", body(0), number);
+        assert!(matches!(answer, Err(CallError::All(StageError::Stopped))), "{answer:?}");
+    });
+}
+
+#[test]
+fn further_fields_are_added_and_taken_away() {
+    let server = Server::start(|request| Reply::Json(json!({"n": 1, "request": request.path})));
+    let extra_body = Map::from_iter([("n".to_owned(), Value::Null), ("seed".to_owned(), json!(5))]);
+    let endpoint = endpoint(&format!("{}/", server.url()), Settings { extra_body, ..settings() });
+    endpoint.post("chat/completions", body(0), number).unwrap();
+    let seen = &server.seen()[0];
+    assert_eq!((seen.path.as_str(), &seen.body), ("/v1/chat/completions", &json!({"seed": 5})));
+}
+
+#[test]
+fn addresses_and_settings_are_checked() {
+    let issues =
+        |address: &str| settings().check("extractor", Some(address)).into_iter().map(|i| i.path).collect::<Vec<_>>();
+    assert!(issues("http://localhost:8000/v1").is_empty() && issues("https://host").is_empty());
+    for wrong in ["localhost:8000", "ftp://x", "http://", "https://user:pass@host/v1"] {
+        assert_eq!(issues(wrong), ["extractor.endpoint"], "{wrong}");
+    }
+    let wrong = Settings { concurrency: 0, timeout: 0.0, retries: 1000, api_key_env: Some("a b".into()), ..settings() };
+    assert_eq!(wrong.check("e", Some("http://x/v1")).len(), 4);
+    let without = Settings { api_key_env: Some("KEY".into()), ..settings() }.check("e", None);
+    assert_eq!(without.len(), 1);
+    let bare = Endpoint::new("http://localhost:8000", settings(), StopFlag::default()).unwrap();
+    assert_eq!(format!("{bare:?}"), "Endpoint(http://localhost:8000/v1)");
+}

@@ -1,0 +1,229 @@
+//! Embedding the texts of a catalogue: one row an item, by a model folder on this machine or by a server that speaks
+//! OpenAI's `/v1/embeddings`.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use grlm_nn::encoder::{self, Encoder};
+use serde_json::{Map, Value, json};
+
+use super::{EmbeddingModel, Pooling};
+use crate::{
+    StageContext, StageError,
+    endpoint::{CallError, Endpoint, gather},
+    model_folder,
+    rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
+};
+
+const NAMESPACE: &str = "embedding";
+/// Raised when the code of this file or of the encoders changes what they compute for a text.
+const ROW_VERSION: u32 = 1;
+/// Texts that a device gets at a time.
+const PIECE: usize = 64;
+/// Texts in one request.
+const PER_REQUEST: usize = 16;
+
+/// The parameter that names the model.
+pub const PLACE: &str = "encoder.model";
+
+/// The rows of an embedding: a text each. `folder` is the model's, where no server is asked.
+///
+/// # Errors
+/// A file of the folder cannot be read.
+pub fn job(model: &EmbeddingModel, folder: &Path, texts: &[String]) -> Result<RowJob, StageError> {
+    let recipe = RowRecipe::new(NAMESPACE, ROW_VERSION);
+    let (recipe, piece) = match &model.endpoint {
+        // Not the address: the same model elsewhere is the same.
+        Some(_) => (
+            recipe
+                .text("served", &model.model)
+                .text("revision", model.revision.as_deref().unwrap_or_default())
+                .json("extra", &Value::Object(model.extra_body.clone())),
+            PER_REQUEST * model.concurrency,
+        ),
+        None => {
+            let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": "cpu"});
+            (recipe.text("model", &model_folder::digest(folder)?).json("settings", &settings), PIECE)
+        }
+    };
+    let keys = texts.iter().map(|text| recipe.row().text("text", text).key()).collect();
+    let costs = texts.iter().map(|text| text.len() as u64).collect();
+    Ok(RowJob::new(NAMESPACE, "item", keys).batch(piece).costs(costs))
+}
+
+/// Unit vectors of texts.
+pub struct Embedded {
+    /// Which texts have one, ascending.
+    pub texts: Vec<usize>,
+    /// `[texts, width]`.
+    pub vectors: Vec<f32>,
+    pub width: usize,
+}
+
+/// A unit vector for each text; at most `max_failed_rows` of them may have none.
+///
+/// # Errors
+/// The model cannot be used; too many texts without a vector; vectors that differ in width.
+pub fn embed(
+    cx: &mut StageContext,
+    model: &EmbeddingModel,
+    texts: &[String],
+    max_failed_rows: usize,
+) -> Result<Embedded, StageError> {
+    let folder = match &model.endpoint {
+        Some(_) => PathBuf::new(),
+        None => cx.model(PLACE, &model.name())?,
+    };
+    let job = job(model, &folder, texts)?.max_failed_rows(max_failed_rows);
+    let rows = match &model.endpoint {
+        Some(address) => {
+            let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag())?;
+            let make = |_: RowDevice| Ok(Served { endpoint: &endpoint, model, texts, end: None });
+            let rows = rows::run(cx, &job, make);
+            if let Some(report) = endpoint.report() {
+                cx.info(report);
+            }
+            rows?
+        }
+        None => {
+            // Devices of the CPU share one set of weights.
+            let encoder: Mutex<Option<Arc<Encoder>>> = Mutex::default();
+            let make = |device: RowDevice| {
+                let pool = device.pool()?;
+                let mut loaded = encoder.lock().map_err(|_| StageError::bug("loading the encoder panicked"))?;
+                let encoder = match &*loaded {
+                    Some(encoder) => Arc::clone(encoder),
+                    None => {
+                        let pooling = model.pooling.map(Into::into);
+                        let load = || Encoder::load(&folder, pooling, model.max_tokens as usize);
+                        let encoder = Arc::new(pool.install(load)?);
+                        loaded.insert(encoder).clone()
+                    }
+                };
+                Ok(Local { encoder, pool, texts })
+            };
+            rows::run(cx, &job, make)?
+        }
+    };
+    let mut all = Embedded { texts: Vec::with_capacity(texts.len()), vectors: Vec::new(), width: 0 };
+    for (text, row) in rows.iter().enumerate() {
+        let Ok(bytes) = row else { continue };
+        let (values, rest) = bytes.as_chunks::<4>();
+        if all.texts.is_empty() {
+            all.width = values.len();
+        }
+        if values.len() != all.width || !rest.is_empty() {
+            let (width, other) = (all.width, values.len());
+            return Err(StageError::params(format!("the encoder gave vectors of {width} and of {other} numbers"))
+                .help("a server may have changed its model; say which it is by `revision`"));
+        }
+        all.texts.push(text);
+        all.vectors.extend(values.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+    }
+    Ok(all)
+}
+
+fn bytes(vector: &[f32]) -> Vec<u8> {
+    vector.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// A model folder on this machine.
+struct Local<'a> {
+    encoder: Arc<Encoder>,
+    pool: rayon::ThreadPool,
+    texts: &'a [String],
+}
+
+impl RowFunction for Local<'_> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+        let texts: Vec<&str> = rows.iter().map(|row| self.texts[*row].as_str()).collect();
+        let threads = self.pool.current_num_threads();
+        let vectors = self.pool.install(|| self.encoder.encode(&texts, threads))?;
+        Ok(vectors.iter().map(|vector| Ok(bytes(vector))).collect())
+    }
+}
+
+/// A server.
+struct Served<'a> {
+    endpoint: &'a Endpoint,
+    model: &'a EmbeddingModel,
+    texts: &'a [String],
+    /// Why nothing can be asked any more; told once everything that was answered is kept.
+    end: Option<StageError>,
+}
+
+impl RowFunction for Served<'_> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+        if let Some(end) = self.end.take() {
+            return Err(end);
+        }
+        let requests: Vec<&[usize]> = rows.chunks(PER_REQUEST).collect();
+        let answers = self.endpoint.each(&requests, |rows| self.ask(rows));
+        let gathered = gather(answers.into_iter().flatten().collect());
+        self.end = gathered.end;
+        Ok(gathered.results)
+    }
+}
+
+impl Served<'_> {
+    /// The answer for each of `rows`. Where a request of several is refused, each is asked for alone.
+    fn ask(&self, rows: &[usize]) -> Vec<Result<Vec<u8>, CallError>> {
+        let texts: Vec<&str> = rows.iter().map(|row| self.texts[*row].as_str()).collect();
+        let body = Map::from_iter([
+            ("model".to_owned(), json!(self.model.model)),
+            ("input".to_owned(), json!(texts)),
+            ("encoding_format".to_owned(), json!("float")),
+        ]);
+        match self.endpoint.post("embeddings", body, |answer| vectors(answer, texts.len())) {
+            Ok(vectors) => vectors.iter().map(|vector| Ok(bytes(vector))).collect(),
+            Err(CallError::Refused(_)) if rows.len() > 1 => {
+                rows.iter().flat_map(|row| self.ask(std::slice::from_ref(row))).collect()
+            }
+            Err(CallError::Refused(failure)) => vec![Err(CallError::Refused(failure))],
+            Err(CallError::NoAnswer(failure)) => {
+                let each = |_: &usize| Err(CallError::NoAnswer(RowFailure::new(failure.message.clone())));
+                rows.iter().map(each).collect()
+            }
+            Err(CallError::All(error)) => {
+                let message = error.to_string();
+                let mut all = vec![Err(CallError::All(error))];
+                all.extend(rows[1..].iter().map(|_| Err(CallError::NoAnswer(RowFailure::new(message.clone())))));
+                all
+            }
+        }
+    }
+}
+
+/// The unit vectors of an answer, in the order of the texts.
+fn vectors(answer: &Value, wanted: usize) -> Result<Vec<Vec<f32>>, String> {
+    let data = answer["data"].as_array().ok_or("no list `data`")?;
+    if data.len() != wanted {
+        return Err(format!("{} vectors for {wanted} texts", data.len()));
+    }
+    let mut vectors: Vec<Option<Vec<f32>>> = vec![None; wanted];
+    for (place, one) in data.iter().enumerate() {
+        let index = one["index"].as_u64().map_or(place, |index| index as usize);
+        let numbers = one["embedding"].as_array().ok_or("an `embedding` is not a list of numbers")?;
+        let vector: Option<Vec<f32>> = numbers.iter().map(|x| x.as_f64().map(|x| x as f32)).collect();
+        let vector = vector.filter(|v| !v.is_empty() && v.iter().all(|x| x.is_finite()));
+        let vector = vector.ok_or("an `embedding` is not a list of numbers")?;
+        match vectors.get_mut(index) {
+            Some(slot @ None) => *slot = Some(encoder::unit(vector)),
+            Some(_) => return Err(format!("two vectors of index {index}")),
+            None => return Err(format!("a vector of index {index} for {wanted} texts")),
+        }
+    }
+    vectors.into_iter().collect::<Option<_>>().ok_or_else(|| "a vector is missing".into())
+}
+
+impl From<Pooling> for encoder::Pooling {
+    fn from(pooling: Pooling) -> Self {
+        match pooling {
+            Pooling::Mean => Self::Mean,
+            Pooling::Last => Self::Last,
+            Pooling::Cls => Self::Cls,
+        }
+    }
+}

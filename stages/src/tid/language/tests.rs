@@ -1,0 +1,343 @@
+//! `tid` by a language model: a server that fails in every way, and a tiny random model of our own.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    Failure,
+    endpoint::server::{Reply, Request, Server, completion},
+    rows::MemoryMemo,
+    testing::{Bench, Ran, refuses},
+};
+
+const SPACE: &str = "tid-answer";
+
+/// Titles that say their number, so that a server can make words of it.
+fn items(count: usize) -> String {
+    (0..count)
+        .map(|i| format!("{}\n", json!({"id": i.to_string(), "title": format!("Soap no. {i} of ours")})))
+        .collect()
+}
+
+/// The number of the item that a request is about: that of its first prompt.
+fn number(request: &Request) -> usize {
+    let prompt = request.body["messages"][0]["content"].as_str().unwrap();
+    let (_, after) = prompt.split_once("Title: Soap no. ").unwrap();
+    after.split(' ').next().unwrap().parse().unwrap()
+}
+
+fn words(number: usize) -> String {
+    format!("[soap, bar, mild, olive, no-{number}]")
+}
+
+fn with(url: &str) -> Value {
+    json!({"extractor": {"endpoint": url, "model": "m", "timeout": 1.0, "retries": 3, "concurrency": 4}})
+}
+
+fn run(bench: &Bench, with: Value) -> Ran {
+    bench.run("tid", with).unwrap()
+}
+
+fn tid(ran: &Ran, line: usize) -> String {
+    ran.lines("tids")[line]["summary_words"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|w| w.as_str().unwrap())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[test]
+fn every_item_has_its_words_whatever_the_server_does() {
+    let asked: Mutex<HashMap<usize, usize>> = Mutex::default();
+    let server = Server::start(move |request| {
+        let number = number(request);
+        let mut asked = asked.lock().unwrap();
+        let times = asked.entry(number).or_default();
+        *times += 1;
+        let right = completion(&words(number));
+        match (number % 8, *times) {
+            (0, 1) => Reply::Status(429, "retry-after: 0.1", json!({"error": {"message": "slow down"}})),
+            (1, 1) => Reply::Status(500, "", json!({"error": "oh"})),
+            (2, 1) => Reply::Hang,
+            (3, 1) => Reply::Half(right),
+            (4, 1) => Reply::Text("<html>Bad gateway</html>"),
+            (5, 1) => Reply::Json(json!({"choices": []})),
+            (6, 1) => Reply::Slow(Duration::from_millis(100), right),
+            _ => Reply::Json(right),
+        }
+    });
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", items(24)).memo(&memo);
+    let ran = run(&bench, with(&server.url()));
+    for line in 0..24 {
+        assert_eq!(tid(&ran, line), format!("soap bar mild olive no-{line}"));
+    }
+    assert!(ran.text("invalid").is_empty());
+    // Six of eight kinds of items were asked for twice, and none once it had an answer.
+    assert_eq!(server.seen().len(), 24 + 6 * 3);
+    assert_eq!(memo.appended(), 24);
+    let report = ran.logs().into_iter().find(|line| line.contains("tried again")).unwrap().to_owned();
+    for words in [
+        "24 requests answered; 18 tried again",
+        "3 × status 429",
+        "3 × status 500",
+        "3 × no answer in time",
+        "3 × half an answer or none",
+        "3 × not JSON",
+        "3 × another answer than was asked for",
+    ] {
+        assert!(report.contains(words), "{words}: {report}");
+    }
+    let statistics = ran.json("statistics");
+    assert_eq!(statistics["summary"]["distinct_words"], 28);
+    assert_eq!(
+        statistics["extraction"],
+        json!({"answers": 24, "asked_again": 0, "prompt_tokens": 24 * 7, "answer_tokens": 24 * 5})
+    );
+    // Everything is known now, and the server is not needed.
+    drop(server);
+    let again = run(&bench, with("http://127.0.0.1:9/v1"));
+    assert_eq!(again.text("tids"), ran.text("tids"));
+    assert_eq!(again.text("statistics"), ran.text("statistics"));
+}
+
+#[test]
+fn requests_are_as_the_interface_wants_them() {
+    let server = Server::start(|request| Reply::Json(completion(&words(number(request)))));
+    let mut with = with(&server.url());
+    with["extractor"]["extra_body"] = json!({"seed": 1, "temperature": null});
+    run(&Bench::new().input("items", items(1)), with.clone());
+    let seen = &server.seen()[0];
+    assert_eq!(seen.path, "/v1/chat/completions");
+    assert_eq!(seen.authorization, None);
+    let mut body = seen.body.clone();
+    assert!(body["messages"][0]["content"].as_str().unwrap().contains("Title: Soap no. 0 of ours"));
+    body["messages"] = json!(body["messages"].as_array().unwrap().len());
+    assert_eq!(body, json!({"model": "m", "messages": 1, "max_tokens": 50, "stop": ["]"], "seed": 1}));
+    with["compat"] = json!("reference");
+    run(&Bench::new().input("items", items(1)), with);
+    assert!(server.seen()[1].body.get("stop").is_none());
+}
+
+#[test]
+fn an_unusable_answer_is_asked_again_and_never_padded() {
+    let server = Server::start(|request| {
+        let turns = request.body["messages"].as_array().unwrap().len();
+        Reply::Json(completion(match (number(request), turns) {
+            (0, 1) => "[soap, bar",
+            (0, 3) => "soap, bar, mild, olive, green",
+            (0, _) => unreachable!(),
+            _ => "I cannot say.",
+        }))
+    });
+    let bench = Bench::new().input("items", items(2));
+    let ran = run(&bench, with(&server.url()));
+    assert_eq!(tid(&ran, 0), "soap bar mild olive green");
+    assert_eq!(ran.lines("tids")[1]["summary_words"], json!([]));
+    let invalid = ran.lines("invalid");
+    assert_eq!((invalid.len(), &invalid[0]["id"], &invalid[0]["answer"]), (1, &json!("1"), &json!("I cannot say.")));
+    assert_eq!(invalid[0]["reason"], "3 of 5 words in the answer, asked 3 times");
+    assert_eq!(server.seen().len(), 2 + 3);
+    assert_eq!(ran.json("statistics")["extraction"]["asked_again"], 1 + 2);
+    assert_eq!(ran.json("statistics")["summary"]["valid_share"], 0.5);
+
+    let mut reference = with(&server.url());
+    reference["compat"] = json!("reference");
+    let ran = run(&bench, reference);
+    assert_eq!(ran.lines("tids")[0]["summary_words"], json!(["soap", "bar", "", "", ""]));
+    assert_eq!(ran.lines("tids")[0]["llm_output"], "[soap, bar");
+    assert!(ran.json("statistics").get("summary").is_none());
+}
+
+#[test]
+fn items_that_share_a_tid_are_told_apart_by_asking() {
+    let server = Server::start(|request| {
+        let messages = request.body["messages"].as_array().unwrap();
+        let last = messages.last().unwrap()["content"].as_str().unwrap();
+        Reply::Json(completion(&match (number(request), messages.len()) {
+            (_, 1) => "[soap, bar, mild, olive, green]".to_owned(),
+            (1, _) => {
+                assert!(last.starts_with("Another product (Soap no. 0 of ours) has the same five words."), "{last}");
+                "[soap, bar, mild, olive, red]".to_owned()
+            }
+            // The same word as item 1 first, then one of its own.
+            (2, _) if !last.contains("`red`") => "[soap, bar, mild, olive, red]".to_owned(),
+            (2, _) => "[soap, bar, mild, olive, blue]".to_owned(),
+            _ => "[soap, bar, mild, olive, green]".to_owned(),
+        }))
+    });
+    let bench = Bench::new().input("items", items(4)).input("overrides", r#"{"3": "a, b, c, d, e"}"#);
+    let ran = run(&bench, with(&server.url()));
+    let all: Vec<String> = (0..4).map(|line| tid(&ran, line)).collect();
+    let own = ["soap bar mild olive green", "soap bar mild olive red", "soap bar mild olive blue", "a b c d e"];
+    assert_eq!(all, own);
+    assert_eq!(ran.json("statistics")["conflict_analysis"]["total_conflicts"], 0);
+    assert!(server.seen().iter().all(|request| number(request) != 3), "the user's own answers are not asked for");
+
+    let mut counted = with(&server.url());
+    counted["resolve_collisions"] = json!(false);
+    let ran = run(&bench, counted);
+    assert_eq!(ran.json("statistics")["conflict_analysis"]["total_conflicts"], 2);
+    assert_eq!(ran.json("statistics")["summary"]["collision_rate"], 0.5);
+}
+
+#[test]
+fn a_refused_item_fails_alone_and_a_rerun_asks_for_it_alone() {
+    let server = Server::start(|request| match number(request) {
+        2 if request.number < 6 => Reply::Status(400, "", json!({"error": {"message": "too long"}})),
+        number => Reply::Json(completion(&words(number))),
+    });
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", items(6)).memo(&memo);
+    let error = bench.run("tid", with(&server.url())).unwrap_err();
+    assert_eq!(error.failure(), Failure::FailedRows);
+    assert!(error.to_string().starts_with("1 of 6 items failed; item 3: http://"), "{error}");
+    assert!(error.to_string().ends_with("status 400: too long"), "{error}");
+    assert_eq!(memo.len(SPACE), 5);
+    let ran = run(&bench, with(&server.url()));
+    assert_eq!(tid(&ran, 2), "soap bar mild olive no-2");
+    assert_eq!(server.seen().len(), 7);
+
+    let server = Server::start(|request| match number(request) {
+        2 => Reply::Status(400, "", json!({"error": {"message": "too long"}})),
+        number => Reply::Json(completion(&words(number))),
+    });
+    let mut lenient = with(&server.url());
+    lenient["max_failed_rows"] = json!(1);
+    let ran = run(&Bench::new().input("items", items(6)), lenient);
+    assert!(ran.lines("invalid")[0]["reason"].as_str().unwrap().ends_with("too long"));
+}
+
+/// The tiny random Qwen3 that serves as encoder and, having a chat template, as extractor; with room for real prompts.
+fn tiny_model(folder: &Path) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("nn/tests/fixtures/encoders/qwen3");
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let config = folder.join("config.json");
+    let mut value: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    value["max_position_embeddings"] = json!(4096);
+    std::fs::write(config, value.to_string()).unwrap();
+    folder.to_owned()
+}
+
+#[test]
+fn one_changed_title_costs_one_embedding_and_the_answers_whose_prompts_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let memo = MemoryMemo::default();
+    let catalogue = |changed: Option<usize>| -> String {
+        let kinds =
+            ["olive soap bar", "steel wire brush", "cotton towel blue", "mint shampoo mild", "duct tape silver"];
+        let line = |i: usize| {
+            let more = if changed == Some(i) { " with lavender" } else { "" };
+            format!("{}\n", json!({"id": format!("i{i}"), "title": format!("{} size {}{more}", kinds[i % 5], i / 5)}))
+        };
+        (0..20).map(line).collect()
+    };
+    let similarity = |items: &str| {
+        let with = json!({"encoder": {"model": model, "max_tokens": 64}, "top_k": 3});
+        Bench::new().threads(2).input("items", items).memo(&memo).run("similarity", with).unwrap().text("neighbors")
+    };
+    let tid = |items: &str, neighbors: &str| {
+        let with = json!({
+            "extractor": {"model": model, "max_new_tokens": 6, "max_attempts": 2},
+            "neighbors": 3,
+            "resolve_collisions": false,
+        });
+        Bench::new()
+            .threads(2)
+            .input("items", items)
+            .input("neighbors", neighbors)
+            .memo(&memo)
+            .run("tid", with)
+            .unwrap()
+    };
+    let (before, after) = (catalogue(None), catalogue(Some(7)));
+    let near_before = similarity(&before);
+    assert_eq!((memo.len("embedding"), memo.appended()), (20, 20));
+    let near_after = similarity(&after);
+    assert_eq!((memo.len("embedding"), memo.appended()), (21, 21), "one embedding");
+
+    let prompts = |items: &str, neighbors: &str| -> Vec<String> {
+        let with: super::super::Params =
+            serde_json::from_value(json!({"extractor": {"model": "m"}, "neighbors": 3})).unwrap();
+        let files = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = files.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            (name.to_owned(), path)
+        };
+        let inputs = [write("items", items), write("neighbors", neighbors)].into_iter().collect();
+        let (scratch, stop) = (files.path().to_owned(), crate::StopFlag::default());
+        let cx = crate::StageContext::new(inputs, Default::default(), scratch, 1, Vec::new(), stop, |_| {});
+        let given = super::super::Given::read(&with, &cx).unwrap();
+        given.catalogue(&with, |c| c.prompts().1.into_iter().map(|m| m[0].content.clone()).collect())
+    };
+    let (first, second) = (prompts(&before, &near_before), prompts(&after, &near_after));
+    let changed = first.iter().zip(&second).filter(|(a, b)| a != b).count();
+    assert!((2..20).contains(&changed), "{changed}: its neighbours show the title too");
+
+    let ran = tid(&before, &near_before);
+    assert_eq!(memo.len(SPACE), 20);
+    let tokens = &ran.json("statistics")["extraction"];
+    assert!(tokens["answers"] == 20 && tokens["prompt_tokens"].as_u64().unwrap() > 20 * 300, "{tokens}");
+    tid(&after, &near_after);
+    assert_eq!(memo.len(SPACE), 20 + changed);
+
+    // On any number of devices and threads, and from nothing, the same bytes.
+    let with = json!({"extractor": {"model": model, "max_new_tokens": 6, "max_attempts": 2}, "neighbors": 3, "resolve_collisions": false});
+    let elsewhere = Bench::new().devices(3).threads(3).input("items", before).input("neighbors", near_before);
+    assert_eq!(elsewhere.run("tid", with).unwrap().text("tids"), ran.text("tids"));
+}
+
+#[test]
+fn what_cannot_run_is_told_before_anything_is_asked() {
+    let items = items(1);
+    let bench = Bench::new().input("items", &items);
+    refuses(bench.run("tid", json!({"extractor": {"model": "no model"}})), &["neither a folder nor a repository"]);
+    let mut secret = with("http://127.0.0.1:9/v1");
+    secret["extractor"]["api_key_env"] = json!("GRLM_TEST_NO_SUCH_KEY");
+    refuses(bench.run("tid", secret), &["`GRLM_TEST_NO_SUCH_KEY` is not set", "secrets:"]);
+    let stage = crate::kind("tid").unwrap();
+    let paths = |with: Value| -> Vec<String> {
+        stage.resolve_params(&with).unwrap_err().into_iter().map(|issue| issue.path).collect()
+    };
+    assert_eq!(paths(json!({"extractor": {"model": "m", "endpoint": "localhost"}})), ["extractor.endpoint"]);
+    assert_eq!(
+        paths(json!({"extractor": {"model": " ", "api_key_env": "K"}})),
+        ["extractor.model", "extractor.api_key_env"]
+    );
+    let resolved = stage.resolve_params(&json!({"extractor": {"model": "m", "endpoint": "http://h:1/v1"}})).unwrap();
+    assert_eq!(stage.resources(&resolved).unwrap().gpus, 0);
+    assert!(stage.models(&resolved).unwrap().is_empty());
+    let resolved = stage.resolve_params(&json!({"extractor": {"model": "Qwen/Qwen3-4B"}})).unwrap();
+    assert_eq!(stage.models(&resolved).unwrap()["extractor.model"], "Qwen/Qwen3-4B");
+}
+
+/// With `GRLM_TEST_ENDPOINT=http://localhost:8000/v1` and `GRLM_TEST_ENDPOINT_MODEL=NAME`: a server that runs.
+#[test]
+fn a_running_server_answers_for_every_item() {
+    let (Ok(url), Ok(model)) = (std::env::var("GRLM_TEST_ENDPOINT"), std::env::var("GRLM_TEST_ENDPOINT_MODEL")) else {
+        eprintln!("skipped: GRLM_TEST_ENDPOINT and GRLM_TEST_ENDPOINT_MODEL are not set");
+        return;
+    };
+    let memo = MemoryMemo::default();
+    let with = json!({"extractor": {"endpoint": url, "model": model, "max_attempts": 2, "concurrency": 2}});
+    let bench = Bench::new().input("items", items(4)).memo(&memo);
+    let ran = run(&bench, with.clone());
+    assert_eq!(memo.len(SPACE), 4);
+    let took = ran.json("statistics")["extraction"].clone();
+    assert!(took["answers"] == 4 && took["answer_tokens"].as_u64().unwrap() > 0, "{took}");
+    eprintln!("{took}\n{}", ran.text("tids"));
+    assert_eq!(run(&bench, with).text("tids"), ran.text("tids"));
+}
