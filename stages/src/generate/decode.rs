@@ -1,4 +1,7 @@
-//! How answers are computed, and from answers to lists of items.
+//! How answers are computed: the row job, its function on one device, and from its results to lists of items.
+//!
+//! A row is one list. Its key holds the prompt's tokens, what is left out, the digest of the model's files, the digest
+//! of the TID set and the parameters of decoding: so one more user costs one row, and `top_n`, which only cuts, none.
 
 use std::path::Path;
 
@@ -6,24 +9,30 @@ use grlm_nn::{
     generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
     qwen3::Qwen3,
 };
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::{Decoding, Normalize, Params, Score, Work, budget, queries::Query};
 use crate::{
-    StageContext, StageError,
+    StageError,
     artifact::{ItemId, Ranking, SftFormat, TID_LENGTH, TokenKind},
+    rows::{RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
-/// What a query gets: TIDs by their number in the trie, items, or texts, each with its score.
-#[derive(Debug)]
-pub enum Answers {
+/// Raised when the code changes what it computes for a row.
+const ROW_VERSION: u32 = 1;
+
+/// An answer of a row: a TID's number in the trie with its score, an item with its score, or a text.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Answers {
     Tids(Vec<(u32, f32)>),
     Items(Vec<(ItemId, f32)>),
     Texts(Vec<Text>),
 }
 
-/// What a beam wrote.
-#[derive(Debug)]
-pub struct Text {
+#[derive(Debug, Serialize, Deserialize)]
+struct Text {
     text: String,
     /// Score of the whole text.
     sequence: f32,
@@ -31,26 +40,36 @@ pub struct Text {
     tid: f32,
 }
 
-/// The answers to all queries, in their order. The dearest are computed first: pieces are of like length, and memory
-/// runs out early if at all.
-///
-/// # Errors
-/// What the engine says, or a stop.
-pub fn all(decoder: &Decoder, cx: &mut StageContext) -> Result<Vec<Answers>, StageError> {
-    let queries = &decoder.work.queries;
-    let mut order: Vec<usize> = (0..queries.len()).collect();
-    order.sort_by_key(|query| std::cmp::Reverse(queries[*query].prompt.len()));
-    let mut answers: Vec<Option<Answers>> = queries.iter().map(|_| None).collect();
-    let mut done = 0;
-    for piece in order.chunks(budget::PIECE) {
-        cx.check_stop()?;
-        for (query, answer) in piece.iter().zip(decoder.compute(piece)?) {
-            answers[*query] = Some(answer);
-        }
-        done += piece.len() as u64;
-        cx.progress(done, queries.len() as u64, "user");
+/// The rows of a stage, by their keys; `checkpoint` is the digest of the model's folder.
+pub fn job(work: &Work, params: &Params, checkpoint: &str) -> RowJob {
+    let mut recipe = RowRecipe::new("ranking", ROW_VERSION).bytes("model", checkpoint.as_bytes()).json(
+        "decoding",
+        &json!({
+            "decoding": params.decoding,
+            "beams": params.beams,
+            "normalize": params.normalize,
+            "score": params.score,
+            "length_penalty": params.length_penalty(),
+            "max_new_tokens": (params.decoding == Decoding::Free).then_some(params.max_new_tokens),
+        }),
+    );
+    if params.decoding != Decoding::Free {
+        recipe = recipe.bytes("tids", work.tids.digest(params.score == Score::Sequence).as_bytes());
     }
-    Ok(answers.into_iter().flatten().collect())
+    let bytes = |tokens: &[u32]| tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>();
+    let key = |query: &Query| {
+        let mut row = recipe.row().bytes("prompt", &bytes(&query.prompt));
+        if params.decoding != Decoding::Free {
+            row = row.bytes("left_out", &bytes(&query.left_out));
+        }
+        if params.decoding != Decoding::Free && params.score == Score::Sequence {
+            row = row.json("seen", &json!(query.seen));
+        }
+        row.key()
+    };
+    let costs = work.queries.iter().map(|q| (q.prompt.len() - work.prefix.len()) as u64).collect();
+    let keys = work.queries.iter().map(key).collect();
+    RowJob::new("ranking", "user", keys).batch(budget::PIECE).costs(costs)
 }
 
 /// Computes lists on one device.
@@ -61,6 +80,7 @@ pub struct Decoder<'a> {
     generator: Generator<'a>,
     trie: Trie,
     pool: rayon::ThreadPool,
+    device: RowDevice,
 }
 
 impl<'a> Decoder<'a> {
@@ -71,17 +91,17 @@ impl<'a> Decoder<'a> {
         work: &'a Work,
         folder: &'a Path,
         model: &'a Qwen3,
-        pool: rayon::ThreadPool,
+        device: RowDevice,
         smaller: u32,
     ) -> Result<Self, StageError> {
-        let threads = pool.current_num_threads();
+        let pool = device.pool()?;
         let trie = Trie::new(work.tids.sequences()).map_err(|e| failed(folder, &e))?;
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
-        let batch = budget::batch(params, model.config(), &trie, longest, threads) >> smaller.min(16);
+        let batch = budget::batch(params, model.config(), &trie, longest, device.threads) >> smaller.min(16);
         let generator = pool
-            .install(|| Generator::new(model, threads).with_batch(batch).with_prefix(&work.prefix))
+            .install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))
             .map_err(|e| failed(folder, &e))?;
-        Ok(Self { params, work, folder, generator, trie, pool })
+        Ok(Self { params, work, folder, generator, trie, pool, device })
     }
 
     fn answers<'q>(&self, queries: &[&'q Query]) -> Result<Vec<Answers>, grlm_nn::Error> {
@@ -175,15 +195,27 @@ impl<'a> Decoder<'a> {
     }
 }
 
-impl Decoder<'_> {
-    fn compute(&self, queries: &[usize]) -> Result<Vec<Answers>, StageError> {
-        let queries: Vec<&Query> = queries.iter().map(|query| &self.work.queries[*query]).collect();
-        self.pool.install(|| self.answers(&queries)).map_err(|e| failed(self.folder, &e))
+impl RowFunction for Decoder<'_> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+        if self.device.stop.is_set() {
+            return Err(StageError::Stopped);
+        }
+        let queries: Vec<&Query> = rows.iter().map(|row| &self.work.queries[*row]).collect();
+        let answers = self.pool.install(|| self.answers(&queries)).map_err(|e| failed(self.folder, &e))?;
+        answers
+            .into_iter()
+            .map(|answers| serde_json::to_vec(&answers).map(Ok).map_err(|e| StageError::bug(e.to_string())))
+            .collect()
     }
 }
 
-/// From answers to a list of items.
-pub fn ranking(work: &Work, params: &Params, query: &Query, answers: Answers) -> Ranking {
+/// From a row's result to a list of items.
+///
+/// # Errors
+/// A bug: the result is not what this version writes.
+pub fn ranking(work: &Work, params: &Params, query: &Query, bytes: &[u8]) -> Result<Ranking, StageError> {
+    let answers: Answers =
+        serde_json::from_slice(bytes).map_err(|e| StageError::bug(format!("a row of `ranking`: {e}")))?;
     let mut list = List { items: Vec::new(), scores: Vec::new(), query, top_n: params.top_n };
     let mut texts = None;
     match answers {
@@ -206,7 +238,7 @@ pub fn ranking(work: &Work, params: &Params, query: &Query, answers: Answers) ->
         }
     }
     let List { items, scores, .. } = list;
-    Ranking { user: query.user.clone(), split: query.split, target: query.target.clone(), items, scores, texts }
+    Ok(Ranking { user: query.user.clone(), split: query.split, target: query.target.clone(), items, scores, texts })
 }
 
 /// A list that grows to its length, without what was seen and without repeats.

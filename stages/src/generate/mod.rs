@@ -5,6 +5,8 @@
 //! Here: parameters and the order of work. What can be recommended is [`catalogue`]'s business, who is asked what
 //! [`queries`]', and how answers are computed [`decode`]'s. The search itself lives in `grlm_nn::generate`.
 
+use std::sync::OnceLock;
+
 use grlm_nn::qwen3::Qwen3;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +15,7 @@ use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{Holdout, Id2Meta, Split, jsonl},
     lm::Layout,
-    threads,
+    rows::{self, RowDevice, RowJob},
 };
 
 mod budget;
@@ -181,18 +183,33 @@ impl Stage for Generate {
         issues
     }
 
+    fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
+        let work = Work::read(params, cx)?;
+        Ok(Some(decode::job(&work, params, &cx.input_digest("checkpoint")?)))
+    }
+
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let work = Work::read(params, cx)?;
         work.say(cx);
         let folder = cx.input("checkpoint")?.to_owned();
-        let pool = threads::pool(cx)?;
-        let model = pool.install(|| Qwen3::load(&folder)).map_err(|e| decode::failed(&folder, &e))?;
-        let decoder = Decoder::new(params, &work, &folder, &model, pool, cx.out_of_memory_before())?;
-        let results = decode::all(&decoder, cx)?;
+        let job = decode::job(&work, params, &cx.input_digest("checkpoint")?);
+        let smaller = cx.out_of_memory_before();
+        let model: OnceLock<Result<Qwen3, grlm_nn::Error>> = OnceLock::new();
+        let make = |device: RowDevice| {
+            let pool = device.pool()?;
+            let loaded = model.get_or_init(|| pool.install(|| Qwen3::load(&folder)));
+            let model = loaded.as_ref().map_err(|e| decode::failed(&folder, e))?;
+            Decoder::new(params, &work, &folder, model, device, smaller)
+        };
+        let results = rows::run(cx, &job, make)?;
+        if results.known() > 0 {
+            cx.info(format!("{} of {} lists were known", results.known(), results.known() + results.computed()));
+        }
         let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
         let mut short = 0;
-        for (query, answers) in work.queries.iter().zip(results) {
-            let ranking = decode::ranking(&work, params, query, answers);
+        for (query, result) in work.queries.iter().zip(results.iter()) {
+            let bytes = result.map_err(|e| StageError::bug(format!("user `{}`: {e}", query.user)))?;
+            let ranking = decode::ranking(&work, params, query, bytes)?;
             short += usize::from(ranking.items.len() < params.top_n.min(work.tids.items()));
             out.write(&ranking)?;
         }

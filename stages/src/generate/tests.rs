@@ -1,14 +1,15 @@
 //! The stage on a made-up catalogue and models with random weights.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use grlm_nn::{Tokenizer, qwen3::Config};
 use serde_json::{Map, Value, json};
 
 use super::*;
 use crate::{
-    Failure,
+    Failure, StopFlag,
     artifact::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind, checkpoint::CHECKPOINT_VERSION},
+    rows::MemoryMemo,
     testing::{Bench, Ran, refuses},
 };
 
@@ -204,6 +205,39 @@ fn free_decoding_keeps_the_texts() {
     assert!(hits < 9 * 20);
     let error = compact.bench(2).run("generate", json!({"decoding": "free", "compat": "reference"}));
     refuses(error, &["compact"]);
+}
+
+#[test]
+fn one_more_user_costs_one_user_and_a_longer_list_none() {
+    let shop = Shop::new(SftFormat::Compact);
+    let memo = MemoryMemo::default();
+    let run = |users: usize, with: Value| {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: String| {
+            fs::write(folder.path().join(name), text).unwrap();
+            (name.to_owned(), folder.path().join(name))
+        };
+        let inputs = BTreeMap::from([
+            ("checkpoint".to_owned(), shop.model.path().join("m")),
+            put("holdout", holdout(users)),
+            put("id2meta", id2meta()),
+        ]);
+        let outputs = BTreeMap::from([("rankings".to_owned(), folder.path().join("out.jsonl"))]);
+        let scratch = folder.path().join("scratch");
+        let before = memo.appended();
+        let mut cx = StageContext::new(inputs, outputs, scratch, 1, Vec::new(), StopFlag::default(), |_| {})
+            .with_rows(memo.clone());
+        let kind = crate::kind("generate").unwrap();
+        kind.run(&kind.resolve_params(&with).unwrap(), &mut cx).unwrap();
+        (memo.appended() - before, fs::read_to_string(folder.path().join("out.jsonl")).unwrap())
+    };
+    let (computed, first) = run(12, json!({}));
+    assert_eq!(computed, 12);
+    let (computed, second) = run(13, json!({}));
+    assert_eq!(computed, 1);
+    assert!(second.starts_with(&first));
+    assert_eq!(run(13, json!({"top_n": 7})).0, 0);
+    assert_eq!(run(13, json!({"beams": 7})).0, 13);
 }
 
 #[test]
