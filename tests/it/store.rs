@@ -46,7 +46,10 @@ fn pinned_and_named_results_survive_a_collection_of_everything_else() {
 fn a_collection_beside_a_running_pipeline_takes_nothing_from_it() {
     let env = three();
     env.ok(&["run", "three.yaml"]);
-    let slow = THREE.replace("wc -c < ${inputs.text}", "touch started; sleep 1; grep -c HELLO ${inputs.text}");
+    let slow = THREE.replace(
+        "wc -c < ${inputs.text}",
+        "touch started; while [ ! -e release ]; do sleep 0.1; done; grep -c HELLO ${inputs.text}",
+    );
     env.write("three.yaml", &slow);
     let mut child = env.command(&["run", "three.yaml"]).stderr(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
@@ -59,6 +62,7 @@ fn a_collection_beside_a_running_pipeline_takes_nothing_from_it() {
     while child.try_wait().unwrap().is_none() {
         env.ok(&["gc", "--max-size", "0", "--quiet"]);
         collections += 1;
+        env.write("release", "");
     }
     assert!(child.wait().unwrap().success() && collections > 0);
     assert_eq!(env.read("out/three/count/count.txt"), "1\n");

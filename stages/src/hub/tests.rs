@@ -135,7 +135,7 @@ fn hub_with(server: &str, cache: &Path, more: &[(&str, &str)]) -> Hub {
         "HF_HOME" => Some(cache.display().to_string()),
         _ => more.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()),
     };
-    Hub::new(&variables, Duration::from_millis(400))
+    Hub::new(&variables, Duration::from_secs(3))
 }
 
 fn fetch(hub: &Hub) -> Result<PathBuf, StageError> {

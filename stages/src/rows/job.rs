@@ -100,4 +100,10 @@ pub trait RowFunction {
 
     /// Gives back memory that is kept for speed (a cache of keys and values), before a smaller piece is tried.
     fn free_memory(&mut self) {}
+
+    /// What ends the stage although the last [`RowFunction::compute`] had results (a server that went down): asked for
+    /// once they are kept.
+    fn end(&mut self) -> Option<StageError> {
+        None
+    }
 }

@@ -312,15 +312,19 @@ impl<'a> Workshop<'a> {
                 memo.append(&self.job.namespace, &keys.iter().copied().zip(&results).collect::<Vec<_>>())?;
                 memo.release(&self.job.namespace, &keys)?;
             }
+            // What was computed is kept; whether it was enough is not to be judged by what a stop cut off.
+            if hand.device.stop.is_set() {
+                return Err(StageError::Stopped);
+            }
+            if let Some(end) = hand.function()?.end() {
+                return Err(end);
+            }
             left.drain(..take);
             let mut share = self.lock();
             share.worked(time);
             done.into_iter().zip(results).for_each(|(row, result)| share.computed(row, result));
             drop(share);
             self.changed.notify_all();
-            if hand.device.stop.is_set() {
-                return Err(StageError::Stopped);
-            }
         }
         Ok(())
     }

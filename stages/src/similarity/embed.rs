@@ -156,14 +156,15 @@ struct Served<'a> {
 
 impl RowFunction for Served<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
-        if let Some(end) = self.end.take() {
-            return Err(end);
-        }
         let requests: Vec<&[usize]> = rows.chunks(PER_REQUEST).collect();
         let answers = self.endpoint.each(&requests, |rows| self.ask(rows));
         let gathered = gather(answers.into_iter().flatten().collect());
         self.end = gathered.end;
         Ok(gathered.results)
+    }
+
+    fn end(&mut self) -> Option<StageError> {
+        self.end.take()
     }
 }
 

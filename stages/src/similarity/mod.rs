@@ -160,6 +160,7 @@ impl Stage for Similarity {
     const KIND: &'static str = "similarity";
     const SUMMARY: &'static str = "the most similar items of each item, by their texts";
     const FLOATING_POINT: bool = true;
+    const SHRINKS: bool = true;
     type Params = Params;
 
     fn ports(params: &Params) -> Ports {

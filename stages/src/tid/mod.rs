@@ -73,6 +73,7 @@ impl Stage for Tid {
     const KIND: &'static str = "tid";
     const SUMMARY: &'static str = "five words for every item: its term identifier";
     const FLOATING_POINT: bool = true;
+    const SHRINKS: bool = true;
     type Params = Params;
 
     fn ports(_: &Params) -> Ports {

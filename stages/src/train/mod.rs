@@ -41,6 +41,7 @@ impl Stage for Train {
     const KIND: &'static str = "train";
     const SUMMARY: &'static str = "trains a language model on SFT samples: from scratch, in full, or by LoRA";
     const FLOATING_POINT: bool = true;
+    const SHRINKS: bool = true;
     type Params = Params;
 
     fn ports(params: &Params) -> Ports {
@@ -78,6 +79,14 @@ impl Stage for Train {
 
     fn check(params: &Params) -> Vec<ParamIssue> {
         params.check()
+    }
+
+    fn check_ports(params: &Params, inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {
+        if params.backend == Backend::Llamafactory && inputs.contains(&"holdout") {
+            let issue = ParamIssue::new("backend", "LlamaFactory cannot validate on held-out items");
+            return vec![issue.help("connect `valid`, or set `validation.share`, in place of the input `holdout`")];
+        }
+        Vec::new()
     }
 
     fn models(params: &Params) -> BTreeMap<String, String> {

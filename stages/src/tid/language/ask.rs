@@ -246,9 +246,6 @@ struct Served<'a, S> {
 
 impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Served<'_, S> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
-        if let Some(end) = self.end.take() {
-            return Err(end);
-        }
         let answers = self.endpoint.each(rows, |row| {
             let mut dialogue = (self.start)(*row);
             loop {
@@ -261,6 +258,10 @@ impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Served<'_, S> {
         let gathered = gather(answers);
         self.end = gathered.end;
         Ok(gathered.results.into_iter().map(|result| result.and_then(bytes)).collect())
+    }
+
+    fn end(&mut self) -> Option<StageError> {
+        self.end.take()
     }
 }
 
