@@ -286,7 +286,7 @@ impl<'a> Collection<'a> {
         let in_use = (self.request.in_use)()?;
         for (held, aside) in condemned {
             let used_ms = fs::metadata(&aside).map_or(0, |metadata| milliseconds(&metadata));
-            let used = used_ms >= self.began_ms || self.may_run(&in_use, used_ms) || in_use.actions.contains(&held.key);
+            let used = used_ms > held.used_ms || self.may_run(&in_use, used_ms) || in_use.actions.contains(&held.key);
             let path = self.store.record_path(&held.key);
             if used && !path.exists() {
                 rename_into(&aside, &path)?;

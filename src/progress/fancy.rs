@@ -170,6 +170,7 @@ mod tests {
         assert_eq!(fancy.running["b"].bar.message(), "took 1 min 30 s last time");
         assert_eq!(fancy.standing(), "1 of 3 stages: 0 ran, 1 cached, 1 running");
         told(&mut fancy, Some("b"), Body::Metric { name: "loss".into(), value: Some(2.5), step: None });
+        told(&mut fancy, Some("b"), Body::Progress { done: 3, total: 9, unit: "step".into() });
         told(&mut fancy, Some("b"), Body::Progress { done: 5, total: 9, unit: "step".into() });
         let message = fancy.running["b"].bar.message();
         assert!(message.starts_with("5/9 steps, ") && message.ends_with(" left, loss 2.5000"), "{message}");

@@ -3,8 +3,7 @@
 //!
 //! It is never the truth: a record is believed by its own key and check. The file can be deleted at any time, is read
 //! whole with a check of its own, and is replaced by a rename, so any number of processes use it without a lock. An
-//! embedded database was measured beside it and is slower and larger by more than the limits allow: see `rowstore` in
-//! `docs/benchmarks.md`.
+//! embedded database would hold every key twice and admits one process; `scripts/bench rowstore` compares with one.
 
 use std::fs;
 use std::io::Write;
