@@ -1,9 +1,10 @@
-//! The named steps of publication and collection, at each of which a fault may be asked for: how the promises of this
+//! The named steps of keeping rows, of publication and of collection, at each of which a fault may be asked for: how the promises of this
 //! crate are tested on the real program. Without the variables below a step costs one atomic load.
 //!
 //! | variable | meaning |
 //! |---|---|
 //! | `GRLM_FAULT=Step:visit:kind` | at the `visit`th time (from 1) that this process reaches `Step` (or `Any`): `kill` ends the process as `kill -9` would, `stop` suspends it, `eio` and `enospc` make the step fail |
+//! | `GRLM_FAULT_STRUCK=FILE` | when the fault strikes, a line is appended to `FILE`: one that never does tests nothing |
 //! | `GRLM_FAULT_SYNCED=FILE` | the paths of files and folders that were synced are appended to `FILE`, so that a test of power cuts knows what the disk must still have |
 //! | `GRLM_FAULT_FRESH=SECONDS` | stands for [`crate::FRESH`], so that a test need not wait for it |
 //! | `GRLM_FAULT_BOOT=TEXT` | this process believes to run in another boot: what comes after a power cut |
@@ -18,6 +19,8 @@ use crate::{Result, StoreError};
 /// A point between two effects on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
+    RowsAppended,
+    RowsSynced,
     Sealed,
     Hashed,
     BlobSynced,
@@ -37,8 +40,10 @@ pub enum Step {
 }
 
 impl Step {
-    /// In the order in which a publication, and then a collection, reaches them.
-    pub const ALL: [Step; 16] = [
+    /// In the order in which a worker that keeps rows, a publication, and then a collection, reach them.
+    pub const ALL: [Step; 18] = [
+        Step::RowsAppended,
+        Step::RowsSynced,
         Step::Sealed,
         Step::Hashed,
         Step::BlobSynced,
@@ -112,6 +117,9 @@ impl Fault {
         if *visits != self.visit {
             return Ok(());
         }
+        if let Some(mut log) = env::var_os("GRLM_FAULT_STRUCK").and_then(|path| appending(path.as_ref())) {
+            let _ = writeln!(log, "{step:?}");
+        }
         let signal = match self.kind {
             Kind::Fail(code) => return Err(io::Error::from_raw_os_error(code)),
             Kind::Kill => rustix::process::Signal::KILL,
@@ -125,13 +133,14 @@ impl Fault {
 /// Says that the data of `path` are on disk; for a folder, its names.
 pub fn synced(path: &Path) {
     static LOG: OnceLock<Option<Mutex<std::fs::File>>> = OnceLock::new();
-    let log = LOG.get_or_init(|| {
-        let path = env::var_os("GRLM_FAULT_SYNCED")?;
-        std::fs::OpenOptions::new().append(true).create(true).open(path).ok().map(Mutex::new)
-    });
+    let log = LOG.get_or_init(|| appending(env::var_os("GRLM_FAULT_SYNCED")?.as_ref()).map(Mutex::new));
     if let Some(Ok(mut log)) = log.as_ref().map(Mutex::lock) {
         let _ = writeln!(log, "{}", path.display());
     }
+}
+
+fn appending(path: &Path) -> Option<std::fs::File> {
+    std::fs::OpenOptions::new().append(true).create(true).open(path).ok()
 }
 
 pub(crate) fn claimed_fresh() -> Option<u64> {

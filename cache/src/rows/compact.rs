@@ -14,6 +14,7 @@ use crate::digest::Digest;
 use crate::rows::namespace::{Chosen, Namespace};
 use crate::rows::record::{self, Kind, SEGMENT_HEADER};
 use crate::rows::segment::{self, SegmentId};
+use crate::steps::synced;
 use crate::store::{Access, temporary_in};
 use crate::{Result, StoreError};
 
@@ -123,6 +124,7 @@ impl Namespace {
         staged.as_file().sync_all().map_err(failed())?;
         let path = SegmentId::fresh().path(&self.folder);
         staged.persist_noclobber(&path).map_err(|error| StoreError::io("place", &path, error.error))?;
+        synced(&path);
         crate::sync::sync_path(&self.folder)
     }
 }

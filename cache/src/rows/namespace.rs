@@ -118,10 +118,14 @@ impl Namespace {
         Ok(())
     }
 
-    /// Closes the segment that is being written: it may be compacted from now on.
+    /// Closes the segment that is being written: it may be compacted from now on. Whatever this process found in others'
+    /// segments is on disk as well: whoever appended it may have died before it came to that.
     pub fn close_segment(&mut self) -> Result<()> {
         self.sync()?;
         self.writer = None;
+        if self.access == Access::Write {
+            self.view.sync_recent()?;
+        }
         Ok(())
     }
 

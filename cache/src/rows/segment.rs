@@ -6,17 +6,21 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
 
 use crate::rows::record::SEGMENT_HEADER;
 use crate::signature::now;
+use crate::steps::{Step, reach, synced};
 use crate::{Result, StoreError};
 
 const EXTENSION: &str = "rows";
 /// Between two syncs of a segment that is being written: what a power cut may cost.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
+
+/// Longer than a kernel keeps what was written to itself (30 seconds by default on Linux).
+const WRITTEN_BACK: Duration = Duration::from_secs(120);
 
 /// A segment's name without its extension: unique, and in the order of creation.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,6 +93,22 @@ pub(crate) fn try_lock(file: &File, path: &Path) -> Result<bool> {
     }
 }
 
+/// Brings a segment to the disk if the kernel may not have done so by itself; returns whether it did. One that is gone
+/// was compacted, which syncs.
+pub(crate) fn sync_if_recent(path: &Path) -> Result<bool> {
+    let is_recent = |time: SystemTime| time.elapsed().is_ok_and(|age| age < WRITTEN_BACK);
+    match fs::metadata(path).and_then(|metadata| metadata.modified()) {
+        Ok(modified) if is_recent(modified) => {}
+        _ => return Ok(false),
+    }
+    match File::open(path).and_then(|file| file.sync_data()) {
+        Ok(()) => synced(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(StoreError::io("sync", path, error)),
+    }
+    Ok(true)
+}
+
 fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::metadata(path)) {
         (Ok(held), Ok(there)) => (held.dev(), held.ino()) == (there.dev(), there.ino()),
@@ -141,10 +161,11 @@ impl Writer {
 
     /// Writes whole records. After a failure the segment ends before them.
     pub fn append(&mut self, records: &[u8]) -> Result<()> {
-        if let Err(error) = self.file.write_all(records) {
+        let written = self.file.write_all(records).map_err(StoreError::while_doing("append to", &self.path));
+        if let Err(error) = written.and_then(|()| reach(Step::RowsAppended, &self.path)) {
             // What stays behind if this fails too is a torn tail, and nothing may follow it: the caller drops us.
             let _ = self.file.set_len(self.length);
-            return Err(StoreError::io("append to", &self.path, error));
+            return Err(error);
         }
         self.length += records.len() as u64;
         if self.last_sync.elapsed() >= SYNC_EVERY {
@@ -158,6 +179,8 @@ impl Writer {
         if self.synced < self.length {
             self.file.sync_data().map_err(StoreError::while_doing("sync", &self.path))?;
             self.synced = self.length;
+            synced(&self.path);
+            reach(Step::RowsSynced, &self.path)?;
         }
         if !self.folder_synced
             && let Some(folder) = self.path.parent()

@@ -227,6 +227,15 @@ impl View {
         }
     }
 
+    /// Brings the segments to the disk that were written to a short time ago.
+    pub fn sync_recent(&self) -> Result<()> {
+        let mut any = false;
+        for known in &self.segments {
+            any |= segment::sync_if_recent(&known.id.path(&self.folder))?;
+        }
+        if any { crate::sync::sync_path(&self.folder) } else { Ok(()) }
+    }
+
     /// Removes the index; the next look at the namespace builds it again.
     pub fn forget_index(&mut self) {
         let _ = std::fs::remove_file(&self.index_path);

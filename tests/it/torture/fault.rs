@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::process::ExitStatusExt,
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -11,7 +12,7 @@ use grlm_cache::steps::Step;
 
 use super::{
     Dice, power,
-    world::{Blame, STAGES, World},
+    world::{Blame, ROWS, STAGES, World},
 };
 
 #[derive(Debug, Clone)]
@@ -37,22 +38,34 @@ pub enum Fault {
 }
 
 /// Steps of a run; those of a collection come after.
-const OF_RUNS: usize = 13;
+const OF_RUNS: usize = 15;
+
+/// How often a step is reached, about: a fault at a later visit would not strike.
+fn visits(step: Step) -> usize {
+    match step {
+        Step::RowsSynced | Step::BlobSynced | Step::RecordSynced | Step::TrashEmptied => 1,
+        Step::FolderFilesPlaced | Step::ManifestStaged | Step::FolderPlaced => 1,
+        _ => 6,
+    }
+}
 
 impl Fault {
     pub fn choose(round: usize, dice: &mut Dice) -> Self {
         let step = Step::ALL[dice.roll(OF_RUNS)];
-        let visit = 1 + dice.roll(6);
+        let visit = 1 + dice.roll(visits(step));
         match round % 9 {
             0 => Fault::KillAt(step, visit),
-            1 => Fault::KillAfter(dice.roll(1500)),
-            2 => Fault::KillWorker(dice.roll(900)),
+            1 => Fault::KillAfter(dice.roll(900)),
+            2 => Fault::KillWorker(dice.roll(700)),
             3 => Fault::Fail(step, visit, if dice.roll(2) == 0 { "eio" } else { "enospc" }),
             4 => Fault::PowerCut(step, visit),
             5 => Fault::Flip,
             6 => Fault::Several(2 + dice.roll(7)),
             7 => Fault::SeveralAndKill(2 + dice.roll(7), step, visit),
-            _ => Fault::Collect(Step::ALL[OF_RUNS + dice.roll(Step::ALL.len() - OF_RUNS)], visit),
+            _ => {
+                let step = Step::ALL[OF_RUNS + dice.roll(Step::ALL.len() - OF_RUNS)];
+                Fault::Collect(step, 1 + dice.roll(visits(step)))
+            }
         }
     }
 
@@ -71,7 +84,16 @@ impl Fault {
         }
     }
 
-    pub fn strike(&self, world: &mut World, dice: &mut Dice) -> Blame {
+    /// Does it; tells what may be lost, and whether it struck: a process may be at its end before it comes to a step.
+    pub fn strike(&self, world: &mut World, dice: &mut Dice) -> (Blame, bool) {
+        world.struck();
+        let mut struck = None;
+        let blame = self.strike_or(world, dice, &mut struck);
+        (blame, struck.unwrap_or_else(|| world.struck()))
+    }
+
+    /// `struck` is set where no step says so.
+    fn strike_or(&self, world: &mut World, dice: &mut Dice, struck: &mut Option<bool>) -> Blame {
         let quiet = |command: &mut Command| {
             command.stdout(Stdio::null()).stderr(Stdio::null());
         };
@@ -96,7 +118,7 @@ impl Fault {
                 let mut child = command.spawn().expect("grlm starts");
                 thread::sleep(Duration::from_millis(*milliseconds as u64));
                 let _ = child.kill();
-                let _ = child.wait();
+                *struck = Some(child.wait().is_ok_and(|status| status.signal().is_some()));
                 Blame::NothingLost
             }
             Fault::KillWorker(milliseconds) => {
@@ -104,9 +126,17 @@ impl Fault {
                 quiet(&mut command);
                 let mut child = command.spawn().expect("grlm starts");
                 thread::sleep(Duration::from_millis(*milliseconds as u64));
-                if let Some(pid) = dice.pick(&world.processes()) {
-                    let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+                // Between two stages there is none.
+                let mut there = world.processes();
+                while there.is_empty() && child.try_wait().is_ok_and(|ended| ended.is_none()) {
+                    thread::sleep(Duration::from_millis(1));
+                    there = world.processes();
                 }
+                let chosen = dice.pick(&there).copied();
+                *struck = Some(chosen.is_some_and(|pid| {
+                    let killed = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+                    killed.is_ok_and(|status| status.success())
+                }));
                 let _ = child.wait();
                 Blame::NothingLost
             }
@@ -126,11 +156,14 @@ impl Fault {
             }
             Fault::Flip => {
                 world.run().status().expect("grlm starts");
-                power::flip(&world.store(), dice);
+                let flipped = power::flip(&world.store(), dice);
+                *struck = Some(flipped.is_some());
+                world.row_damaged = flipped.is_some_and(|path| path.starts_with(world.store().join("rows")));
                 Blame::MayBeLost
             }
             Fault::Several(count) => {
                 world.began();
+                *struck = Some(true);
                 let mut children: Vec<_> = (0..*count).map(|_| world.run().spawn().expect("grlm starts")).collect();
                 let ended: Vec<bool> = children.iter_mut().map(|c| c.wait().is_ok_and(|s| s.success())).collect();
                 assert!(ended.iter().all(|ok| *ok), "{self:?}: {ended:?}");
@@ -140,6 +173,11 @@ impl Fault {
                 let once = began.windows(2).all(|pair| pair[0] != pair[1]);
                 // Of an old content that came back, some may be up to date.
                 assert!(once && (began == stages || !world.fresh), "{self:?}: stages ran {began:?}");
+                let mut rows: Vec<String> = world.given().into_iter().map(|(_, row)| row).collect();
+                let given = rows.len();
+                rows.sort();
+                rows.dedup();
+                assert!(rows.len() == given && (given == ROWS || !world.fresh), "{self:?}: {given} rows were computed");
                 Blame::NothingLost
             }
             Fault::SeveralAndKill(count, step, visit) => {
@@ -150,7 +188,10 @@ impl Fault {
                         if i == 0 {
                             command.env("GRLM_FAULT", fault(step, visit, "kill"));
                         }
-                        command.spawn().expect("grlm starts")
+                        let child = command.spawn().expect("grlm starts");
+                        // A start ahead, or the others would have done all of it when it comes to its step.
+                        thread::sleep(Duration::from_millis(if i == 0 { 50 } else { 0 }));
+                        child
                     })
                     .collect();
                 let ended: Vec<bool> = children.iter_mut().map(|c| c.wait().is_ok_and(|s| s.success())).collect();

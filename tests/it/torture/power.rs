@@ -79,7 +79,7 @@ pub fn flip(store: &Path, dice: &mut Dice) -> Option<PathBuf> {
     let mut files: Vec<PathBuf> = snapshot(store)
         .into_keys()
         .filter(|path| {
-            ["blobs", "actions", "index", "latest", "measured"].iter().any(|f| path.starts_with(store.join(f)))
+            ["blobs", "actions", "index", "latest", "measured", "rows"].iter().any(|f| path.starts_with(store.join(f)))
         })
         .filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0))
         .collect();

@@ -12,7 +12,8 @@ use std::{
 use crate::environment::{Environment, Outcome};
 
 /// Short stages: a chain, a fan, a folder, a file large enough to be synced at once, a stage that runs for long enough to
-/// be synced at once. Each has a child that would outlive a careless run, and says when it begins.
+/// be synced at once, a stage that works row by row on two devices. Some have a child that would outlive a careless run.
+/// Each says when it begins, the last one when it is given a row.
 const PIPELINE: &str = r#"
 name: torture
 vars: { salt: none }
@@ -45,8 +46,27 @@ stages:
     inputs: { upper: upper, count: count, large: large, folder: folder }
     with: { run: "echo ${vars.salt} join >> journal; cat ${inputs.upper} ${inputs.count} ${inputs.folder}/sub/*.txt > ${outputs.out}; wc -c < ${inputs.large} >> ${outputs.out}" }
     outputs: { out: join.txt }
+  shout:
+    uses: command
+    inputs: { rows: { file: rows.jsonl } }
+    pass_env: [GRLM_FAULT, GRLM_FAULT_STRUCK, GRLM_FAULT_SYNCED]
+    with:
+      run: |
+        while IFS= read -r line; do
+          echo "${vars.salt} $$ $line" >> given
+          sleep 0.01
+          echo "$line" | sed 's/"row"/"${vars.salt}"/'
+        done
+      rows: { pass: stream, batch: 2 }
+    resources: { gpus: all }
+    outputs: { out: shout.jsonl }
 "#;
 
+/// Rows of `shout`, and how many its program gets at a time.
+pub const ROWS: usize = 12;
+const BATCH: usize = 2;
+
+/// Of the stages that run at once; `shout` is counted by rows.
 pub const STAGES: [&str; 6] = ["words", "upper", "count", "large", "folder", "join"];
 
 /// What the faults left behind is no fault of the stages that must run again.
@@ -65,13 +85,17 @@ pub struct World {
     pub fresh: bool,
     /// Which boot the processes believe to run in; a power cut makes a new one.
     pub boot: u32,
+    /// A bit flipped in the rows: one of them may have to be computed again.
+    pub row_damaged: bool,
 }
 
 impl World {
     pub fn new() -> Self {
         let env = Environment::new();
         env.write("torture.yaml", PIPELINE);
-        Self { env, salt: String::new(), fresh: true, boot: 0 }
+        let rows: String = (0..ROWS).map(|n| format!("{{\"id\":{n},\"text\":\"row\"}}\n")).collect();
+        env.write("rows.jsonl", &rows);
+        Self { env, salt: String::new(), fresh: true, boot: 0, row_damaged: false }
     }
 
     /// New content, so that everything has to run; now and then an old one comes back.
@@ -83,12 +107,14 @@ impl World {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.env.command(arguments);
         command.env("GRLM_FAULT_BOOT", format!("boot {}", self.boot)).env("GRLM_FAULT_FRESH", "1");
+        command.env("GRLM_FAULT_STRUCK", self.env.path("struck"));
         command
     }
 
     /// `grlm run` of the present content, not yet started.
     pub fn run(&self) -> Command {
-        self.command(&["run", "torture.yaml", "--set", &format!("vars.salt={}", self.salt), "--quiet"])
+        let salt = format!("vars.salt={}", self.salt);
+        self.command(&["run", "torture.yaml", "--set", &salt, "--devices", "sim:2", "--quiet"])
     }
 
     pub fn store(&self) -> PathBuf {
@@ -106,6 +132,34 @@ impl World {
         ran.into_iter().filter_map(|line| line.strip_prefix(&mine).map(str::to_owned)).collect()
     }
 
+    /// Whether a fault that was asked for at a step struck since the last call.
+    pub fn struck(&self) -> bool {
+        fs::remove_file(self.env.path("struck")).is_ok()
+    }
+
+    /// Rows of the present content that programs were given so far in this round, in order: program and row.
+    pub fn given(&self) -> Vec<(String, String)> {
+        let mine = format!("{} ", self.salt);
+        let text = fs::read_to_string(self.env.path("given")).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| line.strip_prefix(&mine)?.split_once(' '));
+        lines.map(|(program, row)| (program.to_owned(), row.to_owned())).collect()
+    }
+
+    /// Rows that were finished and computed again. A program gets its next rows only when its last ones are kept, so
+    /// once it was given a batch more, a row is finished.
+    fn finished_twice(given: &[(String, String)]) -> Vec<&str> {
+        let mut twice = Vec::new();
+        for (place, (program, row)) in given.iter().enumerate() {
+            let later = given.iter().enumerate().skip(place + 1);
+            let finished = later.clone().filter(|(_, (other, _))| other == program).nth(BATCH - 1);
+            let Some((finished, _)) = finished else { continue };
+            if later.skip_while(|(at, _)| *at <= finished).any(|(_, (_, other))| other == row) {
+                twice.push(row.as_str());
+            }
+        }
+        twice
+    }
+
     /// No process is left, what is up to date stays so, a plain run succeeds, its results are right, no lock is held.
     pub fn check(&mut self, told: &str, blame: Blame) {
         self.wait_for_orphans(told);
@@ -119,15 +173,30 @@ impl World {
             .filter_map(|stage| Some(stage["stage"].as_str()?.to_owned()))
             .collect();
         self.began();
+        let rows_before = self.given().len();
         let outcome = Outcome::from(self.run().output().expect("grlm starts"));
         assert_eq!(outcome.code, 0, "{told}: the next plain run failed: {}", outcome.stderr);
-        let again: BTreeSet<String> = self.began().into_iter().collect();
+        let mut again: BTreeSet<String> = self.began().into_iter().collect();
+        let given = self.given();
+        if given.len() > rows_before {
+            again.insert("shout".to_owned());
+        }
         let twice: Vec<&String> = again.intersection(&cached).collect();
         assert!(twice.is_empty(), "{told}: {twice:?} were up to date and ran again");
         if blame == Blame::NothingLost {
+            let rows = Self::finished_twice(&given);
+            assert!(rows.is_empty(), "{told}: finished rows were computed again: {rows:?}");
             let sound = self.grlm(&["run", "torture.yaml", "--set", &set, "--quiet"]);
             assert!(sound.code == 0 && self.began().is_empty(), "{told}: not everything is up to date after a run");
         }
+        self.check_results(told);
+        // Once more from the rows alone: all are there, and right.
+        let forced = Outcome::from(self.run().args(["--force", "shout"]).output().expect("grlm starts"));
+        assert_eq!(forced.code, 0, "{told}: a forced run failed: {}", forced.stderr);
+        let again = self.given().len() - given.len();
+        assert!(again <= usize::from(self.row_damaged), "{told}: {again} rows that are kept were computed again");
+        let _ = fs::remove_file(self.env.path("given"));
+        self.row_damaged = false;
         self.check_results(told);
         self.wait_for_orphans(told);
         for entry in fs::read_dir(self.store().join("locks")).into_iter().flatten().flatten() {
@@ -149,6 +218,7 @@ impl World {
             ("large/large.txt", large[..1_200_000].to_owned()),
             ("folder/parts/sub/2.txt", line(2)),
             ("folder/parts/copy.txt", words),
+            ("shout/shout.jsonl", (0..ROWS).map(|n| format!("{{\"id\":{n},\"text\":\"{}\"}}\n", self.salt)).collect()),
             ("join/join.txt", format!("{upper}40\n{}{}{}1200000\n", line(1), line(2), line(3))),
         ];
         for (path, text) in wanted {
