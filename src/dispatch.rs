@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::{
     device::{
         Machine, Unfit,
-        host::{HostError, HostLeases, default_folder},
+        host::{HostError, HostLeases, Place},
     },
     schedule::{Scheduler, Start, Task, TaskId},
 };
@@ -50,7 +50,13 @@ impl Dispatcher {
         }
         let host = match &mut self.host {
             Some(host) => host,
-            empty => empty.insert(HostLeases::open(&default_folder(), &self.machine)?),
+            empty => {
+                let Place { folder, alone } = Place::of_this_machine();
+                if let Some(why) = alone {
+                    tracing::info!(folder = %folder.display(), why, "leases hold among this user's runs alone");
+                }
+                empty.insert(HostLeases::open(&folder, &self.machine)?)
+            }
         };
         let taking = host.lock()?;
         self.scheduler.set_foreign(taking.others()?);

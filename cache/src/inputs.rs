@@ -91,16 +91,6 @@ impl Store {
         let name = Digest::of(real.as_os_str().as_encoded_bytes());
         Ok(self.index.folder().join("folders").join(name.hex()))
     }
-
-    /// How long a stage of this name took when it last ran, in milliseconds.
-    pub fn duration_hint(&self, name: &str) -> Option<u64> {
-        self.index.duration(name)
-    }
-
-    /// See [`Store::duration_hint`]. Best effort: another process may have the index.
-    pub fn remember_duration(&self, name: &str, milliseconds: u64) {
-        self.index.remember_duration(name, milliseconds);
-    }
 }
 
 struct Hashed {

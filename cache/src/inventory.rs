@@ -1,6 +1,7 @@
 //! What the store holds, counted: actions with the blobs that they need, blobs, and everything beside them. The ground
 //! on which `du` reports and `gc` decides.
 
+use std::collections::BTreeSet;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -28,6 +29,8 @@ pub(crate) struct Held {
     pub bytes: u64,
     /// Everything it needs, folder manifests included, each once.
     pub blobs: Vec<Digest>,
+    /// Namespaces of rows that it was made of.
+    pub rows: BTreeSet<String>,
 }
 
 /// A blob as it lies there.
@@ -60,11 +63,22 @@ pub struct StageUsage {
     pub used_ms: u64,
 }
 
+/// What one namespace of rows holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RowUsage {
+    pub namespace: String,
+    pub bytes: u64,
+    /// Milliseconds since 1970.
+    pub used_ms: u64,
+}
+
 /// What a store holds, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
     /// By pipeline and stage.
     pub stages: Vec<StageUsage>,
+    /// The largest first.
+    pub namespaces: Vec<RowUsage>,
     pub blobs: u64,
     pub blob_count: u64,
     /// Of blobs that no record needs.
@@ -122,6 +136,12 @@ impl Store {
         stages
             .sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| (&a.pipeline, &a.stage).cmp(&(&b.pipeline, &b.stage))));
         let free = inventory.blobs.iter().filter(|(digest, _)| !needed_by.contains_key(digest));
+        let mut namespaces: Vec<RowUsage> = self
+            .held_rows(&inventory)?
+            .into_iter()
+            .map(|rows| RowUsage { namespace: rows.name, bytes: rows.bytes, used_ms: rows.used_ms })
+            .collect();
+        namespaces.sort_by_key(|rows| std::cmp::Reverse(rows.bytes));
         let of = |name: &str| tree_bytes(&self.root.join(name));
         let usage = Usage {
             unreferenced: free.map(|(_, lying)| lying.bytes).sum(),
@@ -134,6 +154,7 @@ impl Store {
             quarantine: of("quarantine"),
             rest: ["index", "tmp", "trash", "locks", "latest", "pins"].into_iter().map(of).sum(),
             stages,
+            namespaces,
         };
         self.remember_size(usage.total());
         Ok(usage)
@@ -159,7 +180,7 @@ impl Store {
 
     /// `None` if the record cannot be believed.
     pub(crate) fn held(&self, key: &ActionKey, metadata: &Metadata) -> Result<Option<Held>> {
-        let Some(ActionRecord { outputs, provenance, .. }) = self.record(key)? else { return Ok(None) };
+        let Some(ActionRecord { outputs, provenance, rows, .. }) = self.record(key)? else { return Ok(None) };
         let mut blobs = FxHashSet::default();
         for content in outputs.values() {
             blobs.insert(content.digest);
@@ -176,6 +197,7 @@ impl Store {
             used_ms: milliseconds(metadata),
             bytes: metadata.len(),
             blobs: blobs.into_iter().collect(),
+            rows,
         }))
     }
 

@@ -49,7 +49,7 @@ pub use content::{Content, ContentKind, FolderEntry, FolderManifest};
 pub use digest::{ActionKey, Digest, ParseDigestError};
 pub use error::StoreError;
 pub use gc::{Collect, Collected, FRESH, Gone, InUse};
-pub use inventory::{StageUsage, Usage};
+pub use inventory::{RowUsage, StageUsage, Usage};
 pub use limit::DEFAULT_LIMIT;
 pub use lock::{ActionLock, Holder, SILENCE};
 pub use materialise::{Materialised, Placement};

@@ -4,7 +4,7 @@
 //! `actions/ab/cdef….json` is one JSON object, `{"checksum":"<BLAKE3 of the record's text>","record":{…}}`. A file that
 //! fails its checksum (a power cut, a bad disk) is no record; `verify` lists it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -38,6 +38,10 @@ pub struct ActionRecord {
     /// Bytes held at most on one GPU, where that was seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_gpu_memory: Option<u64>,
+    /// Namespaces of the rows that it is made of, which are kept as long as it is: with them, a change of one row costs
+    /// one row.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub rows: BTreeSet<String>,
     pub provenance: Provenance,
     /// Set when the result was adopted from another action instead of computed.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,4 +1,4 @@
-//! The memory of large inputs and of how long stages take: a sled database on this host, opened only when it may pay.
+//! The memory of large inputs: a sled database on this host, opened only when it may pay.
 //!
 //! It is never the truth. A process that finds it taken works without it; one that cannot be opened, or fails or panics
 //! when it is asked, is moved aside and a new one begun by whoever opens it next. Values carry a check of their own.
@@ -24,7 +24,6 @@ pub(crate) struct StatIndex {
 
 const CACHE_BYTES: u64 = 16 << 20;
 const FILES: &[u8] = b"f";
-const DURATIONS: &[u8] = b"d";
 /// Of the end of each value.
 const CHECK_BYTES: usize = 8;
 /// A file of this name beside the database says that it failed in use.
@@ -55,15 +54,6 @@ impl StatIndex {
 
     pub fn remember_digest(&self, signature: &Signature, digest: &Digest) {
         self.put(file_key(signature), [signature.to_bytes().as_slice(), digest.as_bytes()].concat());
-    }
-
-    pub fn duration(&self, name: &str) -> Option<u64> {
-        let value = self.get([DURATIONS, name.as_bytes()].concat())?;
-        Some(u64::from_le_bytes(value.as_slice().try_into().ok()?))
-    }
-
-    pub fn remember_duration(&self, name: &str, milliseconds: u64) {
-        self.put([DURATIONS, name.as_bytes()].concat(), milliseconds.to_le_bytes().to_vec());
     }
 
     fn get(&self, key: Vec<u8>) -> Option<Vec<u8>> {
@@ -144,6 +134,10 @@ mod tests {
 
     const SIGNATURE: Signature = Signature { device: 1, inode: 2, size: 3, mtime: 4, ctime: 5 };
 
+    fn digest(n: u8) -> Digest {
+        Digest::of(&[n])
+    }
+
     #[test]
     fn only_the_very_same_signature_has_a_digest() {
         let dir = tempfile::tempdir().unwrap();
@@ -160,25 +154,20 @@ mod tests {
         ] {
             assert_eq!(index.digest(&changed), None);
         }
-        index.remember_duration("train", 42);
         drop(index);
-        let index = StatIndex::new(dir.path().join("host"), true);
-        assert_eq!(
-            (index.digest(&SIGNATURE), index.duration("train"), index.duration("x")),
-            (Some(digest), Some(42), None)
-        );
+        assert_eq!(StatIndex::new(dir.path().join("host"), true).digest(&SIGNATURE), Some(digest));
     }
 
     #[test]
     fn a_taken_and_a_read_only_index_are_done_without() {
         let dir = tempfile::tempdir().unwrap();
         let first = StatIndex::new(dir.path().to_path_buf(), true);
-        first.remember_duration("a", 1);
+        first.remember_digest(&SIGNATURE, &digest(1));
         let second = StatIndex::new(dir.path().to_path_buf(), true);
-        second.remember_duration("a", 2);
-        assert_eq!((first.duration("a"), second.duration("a")), (Some(1), None));
+        second.remember_digest(&SIGNATURE, &digest(2));
+        assert_eq!((first.digest(&SIGNATURE), second.digest(&SIGNATURE)), (Some(digest(1)), None));
         assert!(!dir.path().join("sled.broken").exists(), "a taken index is not a broken one");
-        assert_eq!(StatIndex::new(dir.path().join("none"), false).duration("a"), None);
+        assert_eq!(StatIndex::new(dir.path().join("none"), false).digest(&SIGNATURE), None);
         assert!(!dir.path().join("none").exists());
     }
 
@@ -191,8 +180,8 @@ mod tests {
         drop(sled::Config::new().path(&path).segment_size(1 << 16).open().unwrap());
         for round in 0..2 {
             let index = StatIndex::new(dir.path().to_path_buf(), true);
-            index.remember_duration("a", round);
-            assert_eq!(index.duration("a"), Some(round));
+            index.remember_digest(&SIGNATURE, &digest(round));
+            assert_eq!(index.digest(&SIGNATURE), Some(digest(round)));
             assert!(dir.path().join("sled.broken").exists());
             drop(index);
             fs::remove_dir_all(&path).unwrap();
@@ -204,15 +193,15 @@ mod tests {
     fn an_index_that_failed_in_use_is_begun_anew_by_the_next() {
         let dir = tempfile::tempdir().unwrap();
         let index = StatIndex::new(dir.path().to_path_buf(), true);
-        index.remember_duration("a", 1);
+        index.remember_digest(&SIGNATURE, &digest(1));
         assert_eq!(index.guarded(|_| -> sled::Result<u64> { panic!("as sled does on some kinds of damage") }), None);
-        assert_eq!(index.duration("a"), None, "not asked again");
+        assert_eq!(index.digest(&SIGNATURE), None, "not asked again");
         drop(index);
         let next = StatIndex::new(dir.path().to_path_buf(), true);
-        assert_eq!(next.duration("a"), None);
-        next.remember_duration("a", 2);
+        assert_eq!(next.digest(&SIGNATURE), None);
+        next.remember_digest(&SIGNATURE, &digest(2));
         drop(next);
-        assert_eq!(StatIndex::new(dir.path().to_path_buf(), true).duration("a"), Some(2));
+        assert_eq!(StatIndex::new(dir.path().to_path_buf(), true).digest(&SIGNATURE), Some(digest(2)));
     }
 
     #[test]

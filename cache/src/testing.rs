@@ -1,6 +1,6 @@
 //! What the unit tests of this crate share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use tempfile::TempDir;
@@ -39,6 +39,7 @@ pub(crate) fn record(store: &Store, number: u64, text: &str) -> ActionRecord {
         duration_ms: 7,
         peak_memory: 1 << 20,
         peak_gpu_memory: None,
+        rows: BTreeSet::new(),
         provenance: Provenance { stage: "s".into(), ..Provenance::default() },
         accepted: None,
     }

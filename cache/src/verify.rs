@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::blobs::Health;
 use crate::digest::{ActionKey, Digest};
+use crate::rows::HeldRows;
 use crate::store::Store;
 use crate::{Result, StoreError};
 
@@ -21,6 +22,8 @@ pub enum Flaw {
     Damaged { digest: Digest, moved: bool },
     /// Records need a blob that is not there.
     Missing { digest: Digest },
+    /// Rows of a namespace are damaged; they were left out, if the store can be written.
+    Rows { namespace: String, damaged: u64, left_out: bool },
 }
 
 /// A flaw, and whose results it spoils.
@@ -37,12 +40,14 @@ pub struct Finding {
 pub struct Verified {
     pub records: u64,
     pub blobs: u64,
+    /// Results of single rows, and failures.
+    pub rows: u64,
     pub bytes: u64,
     pub findings: Vec<Finding>,
 }
 
 impl Store {
-    /// Reads every record and every blob. `progress` is told bytes done and in all, from several threads.
+    /// Reads every record, every blob and every row. `progress` is told bytes done and in all, from several threads.
     ///
     /// # Errors
     /// Something that cannot be read at all.
@@ -54,7 +59,9 @@ impl Store {
                 needed.entry(*blob).or_default().push((format!("{}/{}", action.pipeline, action.stage), action.key));
             }
         }
-        let total: u64 = inventory.blobs.values().map(|lying| lying.bytes).sum();
+        let namespaces = self.held_rows(&inventory)?;
+        let of_rows: u64 = namespaces.iter().map(|rows| rows.bytes).sum();
+        let total = of_rows + inventory.blobs.values().map(|lying| lying.bytes).sum::<u64>();
         let done = AtomicU64::new(0);
         let mut damaged = inventory
             .blobs
@@ -73,19 +80,32 @@ impl Store {
             .filter_map(Result::transpose)
             .collect::<std::result::Result<Vec<Flaw>, StoreError>>()?;
         damaged.sort_by_key(|flaw| format!("{flaw:?}"));
+        let (mut rows, mut damaged_rows) = (0, Vec::new());
+        for HeldRows { name, bytes, .. } in namespaces {
+            let mut namespace = self.rows().namespace(&name)?;
+            let (records, damaged) = namespace.verify()?;
+            rows += records;
+            if damaged > 0 {
+                // Merging keeps what is whole.
+                let left_out = self.require_write().is_ok() && namespace.compact()? > 0;
+                damaged_rows.push(Flaw::Rows { namespace: name, damaged, left_out });
+            }
+            progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+        }
         let mut missing: Vec<Digest> =
             needed.keys().filter(|digest| !inventory.blobs.contains_key(digest)).copied().collect();
         missing.sort_unstable();
         let flaws = (inventory.damaged.iter().map(|name| Flaw::Record { name: name.clone() }))
             .chain(damaged)
-            .chain(missing.into_iter().map(|digest| Flaw::Missing { digest }));
+            .chain(missing.into_iter().map(|digest| Flaw::Missing { digest }))
+            .chain(damaged_rows);
         let mut spoils = |flaw: &Flaw| match flaw {
-            Flaw::Record { .. } => Vec::new(),
+            Flaw::Record { .. } | Flaw::Rows { .. } => Vec::new(),
             Flaw::Damaged { digest, .. } | Flaw::Missing { digest } => needed.remove(digest).unwrap_or_default(),
         };
         let findings = flaws.map(|flaw| Finding { spoils: spoils(&flaw), flaw }).collect();
         let (records, blobs) = (inventory.actions.len() as u64, inventory.blobs.len() as u64);
-        Ok(Verified { records, blobs, bytes: total, findings })
+        Ok(Verified { records, blobs, rows, bytes: total, findings })
     }
 }
 
@@ -95,7 +115,30 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::rows::RowRef;
     use crate::testing::{record, store};
+
+    #[test]
+    fn damaged_rows_are_found_once_and_left_out() {
+        let (_dir, store) = store();
+        let mut rows = store.rows().namespace("n").unwrap();
+        let keys: Vec<Digest> = (0..3u8).map(|n| Digest::of(&[n])).collect();
+        rows.append(keys.iter().map(|key| (*key, RowRef::Result(b"a result")))).unwrap();
+        drop(rows);
+        let sound = store.verify(&|_, _| ()).unwrap();
+        assert_eq!((sound.rows, sound.findings.len()), (3, 0));
+        let folder = store.rows().folder().join("n");
+        let segment =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).find(|p| p.extension().is_some()).unwrap();
+        let mut bytes = fs::read(&segment).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&segment, bytes).unwrap();
+        let found = store.verify(&|_, _| ()).unwrap().findings;
+        let flaw = Flaw::Rows { namespace: "n".into(), damaged: 1, left_out: true };
+        assert_eq!(found, [Finding { flaw, spoils: Vec::new() }]);
+        let after = store.verify(&|_, _| ()).unwrap();
+        assert_eq!((after.rows, after.findings.len()), (2, 0));
+    }
 
     #[test]
     fn every_kind_of_damage_is_found_and_a_sound_store_has_none() {

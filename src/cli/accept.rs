@@ -11,8 +11,8 @@ use super::{
 use crate::{
     engine::{
         attempt::provenance,
+        foresee::{Foreseen, foresee},
         history::History,
-        run::{Foreseen, foresee},
     },
     error::CliError,
     exit_codes::Code,

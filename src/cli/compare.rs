@@ -13,7 +13,10 @@ use super::{
 };
 use crate::{
     differences::{self, Baseline, Compared, Ranks},
-    engine::run::{Done, Foreseen, foresee},
+    engine::{
+        foresee::{Foreseen, foresee},
+        run::Done,
+    },
     error::CliError,
     exit_codes::Code,
     metrics::{self, Row},

@@ -130,13 +130,16 @@ fn devices(selection: &Selection, findings: &mut Findings) -> Option<device::Mac
     if machine.gpus.is_empty() && env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|value| !value.is_empty()) {
         findings.note("devices", "CUDA_VISIBLE_DEVICES is set, and no GPU is found", "unset it, or correct it");
     }
-    let folder = host::default_folder();
+    let host::Place { folder, alone } = host::Place::of_this_machine();
     for (pid, held) in host::HostLeases::survey(&folder) {
         findings.ok("devices", format!("process {pid} holds {held}"));
     }
     if let Err(error) = host::HostLeases::open(&folder, &machine) {
-        let help = "leases of devices are kept there; XDG_RUNTIME_DIR names another place".to_owned();
+        let help = "leases of devices are kept there; GRLM_LEASES names another place".to_owned();
         findings.wrong("devices", error.to_string(), Some(help));
+    } else if let Some(why) = alone {
+        let help = "runs of other users may take the same devices; GRLM_LEASES names a folder that all may write to";
+        findings.note("devices", format!("leases hold among your own runs alone ({why})"), help);
     }
     Some(machine)
 }

@@ -1,4 +1,4 @@
-//! `grlm du`: what the store holds, by pipeline and stage.
+//! `grlm du`: what the store holds, by pipeline and stage, and the rows by namespace.
 
 use comfy_table::{CellAlignment, Table, presets};
 use grlm_cache::{Access, Usage};
@@ -31,6 +31,9 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     if !usage.stages.is_empty() {
         println!("{}\n", stages(&usage).trim_fmt());
     }
+    if !usage.namespaces.is_empty() {
+        println!("{}\n", namespaces(&usage).trim_fmt());
+    }
     let parts = [
         ("results", usage.blobs - usage.unreferenced),
         ("blobs that no record needs", usage.unreferenced),
@@ -48,6 +51,20 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let whose = if chosen { "limit" } else { "default limit" };
     println!("{:>11}  in all; {whose} {}", human_bytes(usage.total()), human_bytes(limit));
     Ok(Code::Ok)
+}
+
+fn namespaces(usage: &Usage) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(["rows of", "size", "last used (UTC)"]);
+    for rows in &usage.namespaces {
+        let used = utc(rows.used_ms / 1000, &CalendarStyle::Readable);
+        table.add_row([rows.namespace.clone(), human_bytes(rows.bytes), used]);
+    }
+    if let Some(column) = table.column_mut(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 fn stages(usage: &Usage) -> Table {

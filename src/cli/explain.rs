@@ -7,8 +7,8 @@ use super::{
 use crate::{
     engine::{
         decide,
+        foresee::{Foreseen, foresee},
         history::History,
-        run::{Foreseen, foresee},
     },
     error::CliError,
     exit_codes::Code,

@@ -9,9 +9,9 @@ use serde_json::json;
 use crate::{
     device::Machine,
     engine::{
+        foresee::Foreseen,
         history::History,
         measured::Measured,
-        run::Foreseen,
         work::{NodeId, Permission, Work, producers},
     },
     error::CliError,
@@ -186,16 +186,22 @@ impl Foretold {
                 rows.push((name, spans));
             }
         }
-        let without = self.timeline.spans.iter().filter(|span| span.lease.gpus.is_empty()).collect();
-        for (lane, spans) in lanes(without).into_iter().enumerate() {
+        // What is too short to have its name drawn would take line after line.
+        let seen = |span: &&Span| span.to - span.from > 2.0 * self.timeline.makespan / WIDTH as f64;
+        let without = self.timeline.spans.iter().filter(|span| span.lease.gpus.is_empty());
+        let short = without.clone().filter(|span| !seen(span)).count();
+        for (lane, spans) in lanes(without.filter(seen).collect()).into_iter().enumerate() {
             rows.push((if lane == 0 { "no GPU".to_owned() } else { String::new() }, spans));
         }
         let margin = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
         for (name, spans) in &rows {
             lines.push(format!("{name:<margin$} {}", self.chart(work, spans)).trim_end().to_owned());
         }
+        if short > 0 {
+            lines.push(format!("not drawn: {short} short stages without GPU"));
+        }
         if !self.unknown.is_empty() {
-            let stages = self.unknown.join(", ");
+            let stages = briefly(&self.unknown).join(", ");
             lines.push(format!("never ran, so counted as nothing: {stages}; `--duration STAGE=TIME` says how long"));
         }
         lines.join("\n")
@@ -215,6 +221,23 @@ impl Foretold {
         }
         cells.into_iter().collect()
     }
+}
+
+/// Labels of stages; of those that several variants have, the stage's name and how many.
+fn briefly(labels: &[String]) -> Vec<String> {
+    let stage = |label: &String| label.split_once('@').map_or(label.clone(), |(stage, _)| stage.to_owned());
+    let mut groups: Vec<(String, Vec<&String>)> = Vec::new();
+    for label in labels {
+        match groups.iter_mut().find(|(name, _)| *name == stage(label)) {
+            Some((_, group)) => group.push(label),
+            None => groups.push((stage(label), vec![label])),
+        }
+    }
+    let say = |(stage, group): (String, Vec<&String>)| match group.as_slice() {
+        [one] => (*one).clone(),
+        several => format!("{stage} ({})", several.len()),
+    };
+    groups.into_iter().map(say).collect()
 }
 
 /// Spreads spans over as few lines as hold them without overlap.
@@ -239,6 +262,12 @@ mod tests {
         assert_eq!(duration("train=2h30m"), Ok(("train".into(), 9000.0)));
         assert_eq!(duration("train@lr[a=1]=90s"), Ok(("train@lr[a=1]".into(), 90.0)));
         assert!(duration("train").is_err() && duration("train=long").is_err());
+    }
+
+    #[test]
+    fn stages_of_many_variants_are_named_once() {
+        let labels = ["items", "train", "train@a", "tid@b", "train@c"].map(str::to_owned);
+        assert_eq!(briefly(&labels), ["items", "train (3)", "tid@b"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{
     request::{self, Part, Selected},
 };
 use crate::{
-    engine::run::{Foreseen, foresee},
+    engine::foresee::{Foreseen, foresee},
     error::CliError,
     exit_codes::Code,
     journal::{CalendarStyle, utc},

@@ -12,11 +12,13 @@ use super::{
     request::{self, Part, Selected},
 };
 use crate::{
-    device,
+    device::{self, discover},
     engine::{
+        foresee::{Foreseen, foresee},
+        history::History,
+        measured::Measured,
         rows::{self, RowsForeseen},
-        run::{Foreseen, foresee},
-        work::Work,
+        work::{NodeId, Work},
     },
     error::CliError,
     events::human_duration,
@@ -52,13 +54,15 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
             request::work(several.load()?, &Part::default())?
         }
     };
-    let Some(devices) = &args.devices else { return show(&work, global, args.json) };
+    let Some(devices) = &args.devices else {
+        return show(&work, &device::Selection::All, global, args.json);
+    };
     let mut machine = request::machine(devices, &work)?;
     if matches!(devices, device::Selection::Simulated(_)) {
         forecast::furnish(&mut machine);
     }
     if !args.json {
-        show(&work, global, false)?;
+        show(&work, devices, global, false)?;
     }
     let (store, _folder) = store_for_reading(global)?;
     let foretold = args.forecast.play(&store, &work, &foresee(&store, &work)?, &machine)?;
@@ -82,9 +86,19 @@ pub fn store_for_reading(global: &Global) -> Result<(Store, Option<tempfile::Tem
     Ok((Store::open(folder.path(), Access::Write)?, Some(folder)))
 }
 
-pub fn show(work: &Work, global: &Global, as_json: bool) -> Result<Code, CliError> {
+/// Says what would run on these devices, and how many rows of it.
+pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: bool) -> Result<Code, CliError> {
     let (store, _folder) = store_for_reading(global)?;
     let plan = foresee(&store, work)?;
+    let runs = |id: &NodeId| matches!(plan[*id], Foreseen::Run { .. });
+    let with_gpus = (0..plan.len()).filter(runs).any(|id| work.stage(id).resources.gpus > 0);
+    // Where devices cannot be found out, the run will say why; here they only tell which measurements count.
+    let machine = discover::machine(devices, with_gpus).or_else(|_| discover::machine(&device::Selection::None, false));
+    let a_row = |id: NodeId| {
+        let (stage, place) = (work.stage(id), work.nodes[id].places[0]);
+        let last = History::open(store.root(), &work.title(place.pipeline)).last(stage.name.as_str());
+        Measured::seconds_per_row(&store, stage, machine.as_ref().ok()?, last)
+    };
     let mut lines = Vec::new();
     let mut count = [0usize; 3];
     for (id, foreseen) in plan.iter().enumerate() {
@@ -95,7 +109,7 @@ pub fn show(work: &Work, global: &Global, as_json: bool) -> Result<Code, CliErro
             }
             Foreseen::Run { reason, action } => {
                 count[1] += 1;
-                ("run", reason.clone(), rows::foresee(&store, work.stage(id), &work.nodes[id], action))
+                ("run", reason.clone(), rows::foresee(&store, work.stage(id), &work.nodes[id], action, a_row(id)))
             }
             Foreseen::Maybe { waits_for } => {
                 count[2] += 1;

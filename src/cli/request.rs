@@ -158,7 +158,7 @@ impl From<RunError> for CliError {
             }
             RunError::Devices(error) => {
                 let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
-                let help = "leases of devices are kept there; XDG_RUNTIME_DIR names another place".to_owned();
+                let help = "leases of devices are kept there; GRLM_LEASES names another place".to_owned();
                 CliError::message(Code::Resources, format!("{error}{cause}"), Some(help))
             }
             RunError::Io { action, source } => {

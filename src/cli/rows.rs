@@ -1,8 +1,9 @@
 //! `grlm rows`: what is kept of single rows, and taking it elsewhere.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufReader, BufWriter, Write},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -242,7 +243,10 @@ fn export(store: &RowStore, file: &Path, namespaces: &[String], quiet: bool) -> 
     } else {
         // Beside the target, so that what is at its path is a whole export or none.
         let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let staged = tempfile::NamedTempFile::new_in(folder).map_err(|e| failed("create", &e))?;
+        // As any other file that a program writes: readable as the umask says, not by its owner alone.
+        let open = fs::Permissions::from_mode(0o666);
+        let staged = tempfile::Builder::new().permissions(open).tempfile_in(folder);
+        let staged = staged.map_err(|e| failed("create", &e))?;
         let count = store.export(&names, &mut BufWriter::with_capacity(1 << 20, staged.as_file()), file)?;
         staged.as_file().sync_all().map_err(|e| failed("write", &e))?;
         staged.persist(file).map_err(|e| failed("write", &e.error))?;

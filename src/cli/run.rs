@@ -86,7 +86,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let pipeline = args.selected.load()?;
     let work = request::work(vec![pipeline], &args.part)?;
     if args.dry_run {
-        return plan::show(&work, global, false);
+        return plan::show(&work, &args.how.devices, global, false);
     }
     carry_out(&work, &args.how, global, whole.as_ref())
 }

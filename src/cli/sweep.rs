@@ -65,7 +65,7 @@ impl Several {
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let work = request::work(args.several.load()?, &Part::default())?;
     if args.dry_run {
-        return plan::show(&work, global, false);
+        return plan::show(&work, &args.how.devices, global, false);
     }
     carry_out(&work, &args.how, global, None)
 }

@@ -48,15 +48,20 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
                 println!("blob {} is not what its name says{and}", digest.short());
             }
             Flaw::Missing { digest } => println!("blob {} is missing", digest.short()),
+            Flaw::Rows { namespace, damaged, left_out } => {
+                let and = if *left_out { ", and left out from now on" } else { "" };
+                println!("rows of {namespace}: {damaged} damaged{and}; they are computed again when they are needed");
+            }
         }
         for (stage, key) in &finding.spoils {
             println!("  {stage} ({}) runs again when it is needed", key.0.short());
         }
     }
     println!(
-        "{} records, {} blobs, {}: {}",
+        "{} records, {} blobs, {} rows, {}: {}",
         verified.records,
         verified.blobs,
+        verified.rows,
         human_bytes(verified.bytes),
         match verified.findings.len() {
             0 => "all as they should be".to_owned(),

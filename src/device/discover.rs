@@ -115,10 +115,7 @@ fn cpus() -> u32 {
 
 /// Memory of this machine or of this process's control group, whichever is less.
 fn memory() -> u64 {
-    let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?;
-        parse_bytes(&format!("{}KiB", line.trim()))
-    });
+    let total = grlm_stages::machine::total_memory();
     let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
         let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
         let limits = [format!("/sys/fs/cgroup/{path}/memory.max"), "/sys/fs/cgroup/memory.max".to_owned()];

@@ -3,13 +3,16 @@
 //! Each run keeps a file of what it holds in a folder of this host, and holds a lock on that file as long as it
 //! lives. A file that nobody has locked belongs to a run that died: the kernel heals leases, no clock is involved.
 //! Taking more happens under a second lock, held for microseconds; giving back needs none.
+//!
+//! The folder is one for all users of the machine ([`Place`]): everybody may add a file of their own, read and lock all,
+//! and remove only their own. Where there can be no such folder, the runs of one user alone see each other, and say so.
 
 use std::{
     collections::BTreeMap,
     env, fs,
-    fs::{File, OpenOptions, TryLockError},
+    fs::{File, OpenOptions, Permissions, TryLockError},
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -68,8 +71,59 @@ pub struct Taking<'a> {
     leases: &'a mut HostLeases,
 }
 
+/// Where the leases of this machine lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub folder: PathBuf,
+    /// Why only this user's runs take part, if that is so.
+    pub alone: Option<String>,
+}
+
+/// Every user may make files in it, and none may remove another's.
+const FOR_ALL: u32 = 0o1777;
+/// Where such folders may be made: the first is emptied when the machine starts, the second is everywhere.
+const ROOMS: [&str; 2] = ["/run/lock", "/tmp"];
+
+impl Place {
+    /// The folder that `GRLM_LEASES` names; else `grlm-leases` in `/run/lock` or `/tmp`, which is made if it is missing,
+    /// and open to all users of the machine; else one of this user's own.
+    pub fn of_this_machine() -> Self {
+        match env::var_os("GRLM_LEASES").filter(|folder| !folder.is_empty()) {
+            Some(folder) => Self { folder: folder.into(), alone: None },
+            None => Self::find(&ROOMS.map(Path::new), own_folder),
+        }
+    }
+
+    fn find(rooms: &[&Path], own: impl FnOnce() -> PathBuf) -> Self {
+        let mut reasons = Vec::new();
+        for room in rooms {
+            let folder = room.join("grlm-leases");
+            match shared(&folder) {
+                Ok(()) => return Self { folder, alone: None },
+                Err(reason) => reasons.push(format!("{}: {reason}", folder.display())),
+            }
+        }
+        Self { folder: own(), alone: Some(reasons.join("; ")) }
+    }
+}
+
+/// Makes the folder for all users, unless somebody has.
+fn shared(folder: &Path) -> Result<(), String> {
+    match fs::DirBuilder::new().mode(FOR_ALL).create(folder) {
+        // The umask took rights away. Who comes before they are back finds a folder of one user, and does without.
+        Ok(()) => fs::set_permissions(folder, Permissions::from_mode(FOR_ALL)).map_err(|error| error.to_string())?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error.to_string()),
+    }
+    let there = fs::symlink_metadata(folder).map_err(|error| error.to_string())?;
+    if !there.is_dir() || there.mode() & 0o7777 != FOR_ALL {
+        return Err("it is no folder that all users may write to, and none may remove another's from".into());
+    }
+    open_lock(&folder.join("gate")).map(|_| ()).map_err(|error| format!("gate: {error}"))
+}
+
 /// `grlm` in `XDG_RUNTIME_DIR`, or `/tmp/grlm-<uid>` if that is not set or (after `su`, say) not this user's.
-pub fn default_folder() -> PathBuf {
+fn own_folder() -> PathBuf {
     let own = rustix::process::getuid().as_raw();
     let is_own = |folder: &PathBuf| fs::metadata(folder).is_ok_and(|m| m.is_dir() && m.uid() == own);
     match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(is_own) {
@@ -78,30 +132,50 @@ pub fn default_folder() -> PathBuf {
     }
 }
 
+/// Opens a file that locks are taken on, and makes it if it is missing. Reading is all that a lock needs, and the
+/// kernel may refuse more of a file of another user's in a folder of all (`fs.protected_regular`).
+fn open_lock(path: &Path) -> io::Result<File> {
+    loop {
+        match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match create(path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                created => return created,
+            },
+            opened => return opened,
+        }
+    }
+}
+
+/// Makes a file that all users may read, whatever the umask.
+fn create(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().create_new(true).read(true).write(true).mode(0o644).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o644))?;
+    Ok(file)
+}
+
 impl HostLeases {
     /// # Errors
-    /// If the folder cannot be written, or belongs to another user.
+    /// If the folder cannot be written, or is another user's alone.
     pub fn open(folder: &Path, machine: &Machine) -> Result<Self, HostError> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(at("create", folder))?;
-        let owner = fs::metadata(folder).map_err(at("read", folder))?.uid();
-        if owner != rustix::process::getuid().as_raw() {
-            let taken = io::Error::other("it belongs to another user; set XDG_RUNTIME_DIR to a folder of your own");
+        let there = fs::metadata(folder).map_err(at("read", folder))?;
+        if there.uid() != rustix::process::getuid().as_raw() && there.mode() & 0o7777 != FOR_ALL {
+            let taken = io::Error::other("it belongs to another user; GRLM_LEASES names another place");
             return Err(at("use", folder)(taken));
         }
-        let open = |path: &Path| {
-            let file = OpenOptions::new().create(true).read(true).write(true).truncate(false).open(path);
-            file.map_err(at("open", path))
-        };
         let gate_path = folder.join("gate");
-        let gate = open(&gate_path)?;
+        let gate = open_lock(&gate_path).map_err(at("open", &gate_path))?;
         // Under the gate, or another run could take the file for a dead one's between its creation and its lock.
         gate.lock().map_err(at("lock", &gate_path))?;
         let (path, file) = loop {
             let path = folder.join(format!("run-{:016x}", rand_name()));
-            if !path.exists() {
-                let file = open(&path)?;
-                file.lock().map_err(at("lock", &path))?;
-                break (path, file);
+            match create(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                created => {
+                    let file = created.map_err(at("create", &path))?;
+                    file.lock().map_err(at("lock", &path))?;
+                    break (path, file);
+                }
             }
         };
         gate.unlock().map_err(at("unlock", &gate_path))?;
@@ -177,9 +251,11 @@ impl HostLeases {
             if !is_run || path == self.path {
                 continue;
             }
-            let Ok(mut file) = OpenOptions::new().read(true).write(true).open(&path) else { continue };
+            // Another user's cannot be written.
+            let Ok(mut file) = File::open(&path) else { continue };
             match file.try_lock() {
                 Ok(()) => {
+                    // Another user's stays, and counts for nothing.
                     let _ = fs::remove_file(&path);
                     continue;
                 }
@@ -270,6 +346,40 @@ mod tests {
         assert_eq!(second.lock().unwrap().others().unwrap().cpus, 1);
         drop(first);
         assert!(second.lock().unwrap().others().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_folder_is_for_all_users() {
+        let room = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        let folder = room.path().join("grlm-leases");
+        let place = Place::find(&[room.path()], || unreachable!("the room will do"));
+        assert_eq!(place, Place { folder: folder.clone(), alone: None });
+        assert_eq!(mode(&folder), FOR_ALL);
+        let leases = HostLeases::open(&folder, &machine()).unwrap();
+        assert_eq!((mode(&folder.join("gate")), mode(&leases.path)), (0o644, 0o644));
+        // As another user's file is: it can be read and locked, and no more.
+        fs::set_permissions(folder.join("gate"), Permissions::from_mode(0o444)).unwrap();
+        fs::set_permissions(&leases.path, Permissions::from_mode(0o444)).unwrap();
+        let mut leases = leases;
+        leases.lock().unwrap().commit(&usage()).unwrap();
+        let mut other = HostLeases::open(&folder, &machine()).unwrap();
+        assert_eq!(other.lock().unwrap().others().unwrap().cpus, 3);
+    }
+
+    #[test]
+    fn a_folder_that_is_not_for_all_is_left_with_a_reason() {
+        let room = tempfile::tempdir().unwrap();
+        let (taken, missing) = (room.path().join("taken"), room.path().join("missing"));
+        fs::create_dir_all(taken.join("grlm-leases")).unwrap();
+        fs::set_permissions(taken.join("grlm-leases"), Permissions::from_mode(0o755)).unwrap();
+        let own = room.path().join("own");
+        let place = Place::find(&[&missing, &taken], || own.clone());
+        assert_eq!(place.folder, own);
+        let reason = place.alone.unwrap();
+        assert!(reason.contains("missing/grlm-leases: ") && reason.contains("no folder that all users"), "{reason}");
+        std::os::unix::fs::symlink(room.path(), room.path().join("grlm-leases")).unwrap();
+        assert!(shared(&room.path().join("grlm-leases")).is_err(), "a link leads anywhere");
     }
 
     #[test]

@@ -59,8 +59,13 @@ impl fmt::Display for Machine {
         match self.gpus.as_slice() {
             [] => f.write_str("no GPU"),
             gpus => {
-                let sizes: Vec<String> = gpus.iter().map(|gpu| human_bytes(gpu.memory)).collect();
-                write!(f, "{} ({})", plural(gpus.len(), "GPU"), sizes.join(", "))
+                let mut sizes: Vec<String> = gpus.iter().map(|gpu| human_bytes(gpu.memory)).collect();
+                let alike = sizes.len() > 1 && sizes.windows(2).all(|pair| pair[0] == pair[1]);
+                if alike {
+                    sizes.truncate(1);
+                }
+                let each = if alike { " each" } else { "" };
+                write!(f, "{} ({}{each})", plural(gpus.len(), "GPU"), sizes.join(", "))
             }
         }
     }

@@ -9,12 +9,12 @@ use std::{
 };
 
 use grlm_cache::{ActionRecord, Content, Provenance, RECORD_FORMAT, Store, StoreError};
-use grlm_stages::{Artifact, Device, Failure, WorkerEvent};
+use grlm_stages::{Artifact, Device, Failure, WorkerEvent, hub::PinnedModel};
 use serde_json::Value;
 
 use super::decide::{self, Action, Answer};
 use crate::{
-    executor::{AttemptEnd, AttemptFailure, AttemptSpec, Launch, LaunchError, Launcher, StopReceiver},
+    executor::{AttemptEnd, AttemptFailure, AttemptSpec, Launch, LaunchError, Launcher, StopReceiver, guard::Guard},
     pipeline::{SubstituteError, substitute},
 };
 
@@ -139,12 +139,20 @@ impl Workshop {
         {
             return Ok(End::Reused(record.outputs));
         }
+        // Before the files are compared, so that no edit falls between. What cannot be looked at the stage itself misses.
+        let guards = self.watched(job).iter().filter_map(|(_, path, _)| Guard::new(path).ok()).collect();
+        if let Some(what) = self.changed(job) {
+            let (message, help) = (format!("{what} changed since the run began"), Some("run again".to_owned()));
+            let failure = AttemptFailure { failure: Failure::WrongInput, message, help, tail: Vec::new() };
+            return Ok(End::Failed { failure, duration: Duration::ZERO });
+        }
         let folder = self.store.new_attempt(&key)?;
-        let spec = self.spec(job, trial, leased, &folder)?;
+        let mut spec = self.spec(job, trial, leased, &folder)?;
+        spec.guards = guards;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let launch =
             Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
-        let AttemptEnd { result, duration, peak_memory, peak_gpu_memory, .. } =
+        let AttemptEnd { result, duration, peak_memory, peak_gpu_memory, rows, .. } =
             self.launcher.run(&launch, stop, on_event).await?;
         if let Err(mut failure) = result {
             if is_full(&folder) {
@@ -156,7 +164,10 @@ impl Workshop {
         }
         let (workshop, job, spec) = (self.clone(), job.clone(), spec);
         let published = tokio::task::spawn_blocking(move || -> Result<_, AttemptError> {
-            if let Some(message) = workshop.wrong_output(&job, &spec).or_else(|| workshop.changed_input(&job)) {
+            if let Some(message) = workshop
+                .wrong_output(&job, &spec)
+                .or_else(|| Some(format!("{} changed while the stage ran", workshop.changed(&job)?)))
+            {
                 workshop.forget(&folder);
                 return Ok(Err(message));
             }
@@ -173,6 +184,7 @@ impl Workshop {
                 duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
                 peak_memory,
                 peak_gpu_memory,
+                rows,
                 provenance: provenance(&workshop.run, &job.pipeline, &job.label),
                 accepted: None,
             };
@@ -261,14 +273,31 @@ impl Workshop {
         })
     }
 
-    /// A user's file that changed while the stage ran: the result belongs to no known content.
-    fn changed_input(&self, job: &Job) -> Option<String> {
-        job.inputs.iter().find_map(|(port, input)| {
+    /// What of the user's own the result is made of: what it is, where it lies, and its digest when the run began.
+    fn watched(&self, job: &Job) -> Vec<(String, PathBuf, String)> {
+        let place = |path: &Path| self.directory.join(path);
+        let inputs = job.inputs.iter().filter_map(|(port, input)| {
             let JobInput::File(path) = input else { return None };
-            let now = self.store.digest(&self.directory.join(path)).ok()?;
-            (now.digest != job.action.inputs[port].digest)
-                .then(|| format!("input `{port}` ({}) changed while the stage ran", path.display()))
-        })
+            let what = format!("input `{port}` ({})", path.display());
+            Some((what, place(path), job.action.inputs[port].digest.hex()))
+        });
+        let code = (job.action.manifest.code_files.iter())
+            .map(|(path, digest)| (format!("code {path}"), place(Path::new(path)), digest.hex()));
+        let models = job.action.models.iter().filter_map(|(parameter, model)| {
+            let PinnedModel::Folder(folder) = model else { return None };
+            let then = job.action.manifest.models.get(parameter)?.clone();
+            Some((format!("the model of `{parameter}` ({})", folder.display()), place(folder), then))
+        });
+        inputs.chain(code).chain(models).collect()
+    }
+
+    /// What is no longer as it was when the run began: a result would belong to no known content. What is gone is no
+    /// proof of that, since a program may have read it in time.
+    fn changed(&self, job: &Job) -> Option<String> {
+        let changed = |(_, path, then): &(String, PathBuf, String)| {
+            self.store.digest(path).is_ok_and(|now| now.digest.hex() != *then)
+        };
+        self.watched(job).into_iter().find(changed).map(|(what, ..)| what)
     }
 
     /// Removes what a failed attempt left; checkpoints in the action's scratch stay.

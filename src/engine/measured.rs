@@ -7,17 +7,20 @@
 //! | memory held on a GPU | the share of a stage that may share (`resources.share`) and says no `gpu_memory` |
 //! | shares that were too small | a larger share, at last the whole GPU |
 //! | how often it had to shrink | its first attempt begins that small |
+//! | seconds a row | what `grlm plan` says of missing rows |
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-use grlm_cache::{Digest, Store};
+use grlm_cache::{ActionKey, Digest, Store};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{
     device::{Machine, Request},
+    key::Manifest,
     pipeline::Stage,
 };
 
@@ -39,19 +42,29 @@ pub struct Measured {
     /// How often it made its batches smaller before it fitted.
     #[serde(default)]
     pub out_of_memory: u32,
+    /// Of a row, on one device.
+    #[serde(default)]
+    pub seconds_per_row: Option<f64>,
 }
 
 impl Measured {
     /// Nothing, if the stage never ran here.
     pub fn of(store: &Store, stage: &Stage, machine: &Machine) -> Self {
-        let read = |path: PathBuf| serde_json::from_slice(&fs::read(path).ok()?).ok();
-        read(path(store, stage, machine)).unwrap_or_default()
+        read(&path(store, stage, &stage.params, machine)).unwrap_or_default()
+    }
+
+    /// Seconds a row, with these parameters or else with those of the stage's last action.
+    pub fn seconds_per_row(store: &Store, stage: &Stage, machine: &Machine, last: Option<ActionKey>) -> Option<f64> {
+        Self::of(store, stage, machine).seconds_per_row.or_else(|| {
+            let earlier: Manifest = serde_json::from_value(store.record(&last?).ok()??.manifest).ok()?;
+            read(&path(store, stage, &earlier.params, machine))?.seconds_per_row
+        })
     }
 
     /// # Errors
     /// No space, no permission.
     pub fn write(&self, store: &Store, stage: &Stage, machine: &Machine) -> io::Result<()> {
-        let path = path(store, stage, machine);
+        let path = path(store, stage, &stage.params, machine);
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
         let mut staged = tempfile::NamedTempFile::new_in(folder)?;
@@ -80,8 +93,12 @@ impl Measured {
 /// A context and libraries take this much before a measurement sees any of it.
 const SLACK: u64 = 512 << 20;
 
-fn path(store: &Store, stage: &Stage, machine: &Machine) -> PathBuf {
+fn read(path: &Path) -> Option<Measured> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn path(store: &Store, stage: &Stage, params: &Value, machine: &Machine) -> PathBuf {
     let gpu = if stage.resources.gpus > 0 { machine.gpus.iter().map(|gpu| gpu.memory).max() } else { None };
-    let text = format!("{}\n{}\n{}\n{gpu:?}", stage.name, stage.kind.name(), stage.params);
+    let text = format!("{}\n{}\n{params}\n{gpu:?}", stage.name, stage.kind.name());
     store.root().join("measured").join(format!("{}.json", &Digest::of(text.as_bytes()).hex()[..32]))
 }

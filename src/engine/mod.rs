@@ -8,14 +8,18 @@
 //! | `attempt` | one action from lock to record |
 //! | `measured` | what stages were seen to need |
 //! | `rows` | how many rows of a stage are missing |
+//! | `outlook` | what follows from that for the order of stages |
+//! | `foresee` | what a run would do |
 //! | `run` | the loop |
 //! | `shortcut` | the loop spared, where nothing at all has changed |
 
 pub mod attempt;
 pub mod decide;
+pub mod foresee;
 pub mod history;
 pub mod measured;
 mod models;
+mod outlook;
 pub mod rows;
 pub mod run;
 pub mod shortcut;

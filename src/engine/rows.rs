@@ -29,18 +29,10 @@ pub struct RowsForeseen {
 /// The metric by which a worker tells what a row took, in seconds on one device.
 pub const SECONDS_PER_ROW: &str = "rows.seconds_per_row";
 
-/// Remembers what a row of the stage took, for the next plan.
-pub fn remember(store: &Store, label: &str, seconds: f64) {
-    store.remember_duration(&place(label), (seconds * 1e9).clamp(1.0, 1e18) as u64);
-}
-
-fn place(label: &str) -> String {
-    format!("a row of {label}, in nanoseconds")
-}
-
 /// Looks the stage's rows up; `None` for what is no row stage, or when they cannot be told. Its inputs are all known.
-pub fn foresee(store: &Store, stage: &Stage, node: &Node, action: &Action) -> Option<RowsForeseen> {
-    let looked = look_up(store, stage, node, action);
+/// `a_row` is what a row of it takes, in seconds on one device.
+pub fn foresee(store: &Store, stage: &Stage, node: &Node, action: &Action, a_row: Option<f64>) -> Option<RowsForeseen> {
+    let looked = look_up(store, stage, node, action, a_row);
     looked.unwrap_or_else(|error| {
         // The run will say it better, with all that belongs to it.
         tracing::info!(stage = node.label, %error, "the rows of a stage cannot be told");
@@ -53,6 +45,7 @@ fn look_up(
     stage: &Stage,
     node: &Node,
     action: &Action,
+    a_row: Option<f64>,
 ) -> Result<Option<RowsForeseen>, Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     let mut inputs = BTreeMap::new();
@@ -78,7 +71,6 @@ fn look_up(
     for part in keys.chunks(4096) {
         missing += rows.look_up(part)?.iter().filter(|row| row.is_none()).count();
     }
-    let a_row = store.duration_hint(&place(&node.label)).map(|nanoseconds| nanoseconds as f64 / 1e9);
     let devices = match stage.resources.gpus {
         // How many that will be is not known before the run.
         0 | Resources::ALL_GPUS => 1.0,

@@ -4,6 +4,7 @@
 //! parent-death signal to the thread that spawned. The engine's runtime is single-threaded on it, so that holds.
 
 use std::{
+    collections::BTreeSet,
     fs::{File, OpenOptions},
     io::{self, Write},
     os::{
@@ -113,7 +114,13 @@ impl Launcher {
         let watched = !launch.spec.visible_devices.is_empty();
         let group = worker.pid.as_raw_nonzero().get().unsigned_abs();
         let sampler = watched.then(|| Sampler::start(launch.spec.visible_devices.clone(), group));
-        let mut lines = Lines { redactor: &redactor, buffer: Vec::with_capacity(512), last: None, peak_memory: None };
+        let mut lines = Lines {
+            redactor: &redactor,
+            buffer: Vec::with_capacity(512),
+            last: None,
+            peak_memory: None,
+            rows: BTreeSet::new(),
+        };
 
         let mut asked = Asked::Nothing;
         let mut next_step = launch.timeout.map(|timeout| (started + timeout, Stop::Save));
@@ -170,6 +177,7 @@ impl Launcher {
             result: evidence.judge(),
             duration: started.elapsed(),
             peak_memory: lines.peak_memory.unwrap_or(usage.peak_memory),
+            rows: lines.rows,
             peak_gpu_memory: sampler.as_ref().and_then(Sampler::peak),
             cpu_time: usage.cpu_time,
         })
@@ -274,6 +282,7 @@ struct Lines<'r> {
     buffer: Vec<u8>,
     last: Option<WorkerEvent>,
     peak_memory: Option<u64>,
+    rows: BTreeSet<String>,
 }
 
 impl Lines<'_> {
@@ -288,7 +297,7 @@ impl Lines<'_> {
         let whole = std::mem::replace(&mut self.buffer, rest);
         for line in whole.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
             match serde_json::from_slice(line) {
-                Ok(Message::Usage { peak_memory }) => self.peak_memory = Some(peak_memory),
+                Ok(Message::Usage { peak_memory, rows }) => (self.peak_memory, self.rows) = (Some(peak_memory), rows),
                 Ok(Message::Event(mut event)) => {
                     self.blank(&mut event);
                     match event {

@@ -1,6 +1,6 @@
 //! How an attempt ended, and telling the reasons apart. Pure: the launcher collects the evidence.
 
-use std::{io::Read, io::Seek, path::Path, time::Duration};
+use std::{collections::BTreeSet, io::Read, io::Seek, path::Path, time::Duration};
 
 use grlm_stages::{Failure, WorkerEvent};
 
@@ -15,6 +15,8 @@ pub struct AttemptEnd {
     pub peak_memory: u64,
     /// The most that they held on one leased GPU, in bytes; `None` if that was not seen.
     pub peak_gpu_memory: Option<u64>,
+    /// Namespaces of rows that it used.
+    pub rows: BTreeSet<String>,
     /// Processor time of the worker and its children.
     pub cpu_time: Duration,
 }

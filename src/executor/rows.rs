@@ -1,9 +1,10 @@
 //! The rows of the store as a worker sees them: what a stage's row job looks up, and where it keeps what it computes.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     io,
     path::Path,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use grlm_cache::{
@@ -15,17 +16,25 @@ use grlm_stages::{
     rows::{RowKey, RowMemo, RowResult},
 };
 
+use super::guard::Guard;
+
+/// The namespaces that were used so far.
+pub type Namespaces = Arc<Mutex<BTreeSet<String>>>;
+
 /// Keeps rows in a store. Each namespace is opened when it is first used.
 #[derive(Debug)]
 pub struct StoreRows {
     store: RowStore,
     open: BTreeMap<String, Namespace>,
+    used: Namespaces,
+    guards: Vec<Guard>,
 }
 
 impl StoreRows {
-    /// `folder` is the store's folder of rows.
-    pub fn new(folder: &Path) -> Self {
-        Self { store: RowStore::at(folder, Access::Write), open: BTreeMap::new() }
+    /// `folder` is the store's folder of rows; what is used of it is noted in `used`. Rows are kept as
+    /// long as the `guards` hold.
+    pub fn new(folder: &Path, used: Namespaces, guards: Vec<Guard>) -> Self {
+        Self { store: RowStore::at(folder, Access::Write), open: BTreeMap::new(), used, guards }
     }
 
     fn with<T>(
@@ -35,7 +44,10 @@ impl StoreRows {
     ) -> Result<T, StageError> {
         let opened = match self.open.entry(namespace.to_owned()) {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
-            Entry::Vacant(entry) => self.store.namespace(namespace).map(|opened| entry.insert(opened)),
+            Entry::Vacant(entry) => self.store.namespace(namespace).map(|opened| {
+                self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(namespace.to_owned());
+                entry.insert(opened)
+            }),
         };
         opened.and_then(act).map_err(|error| failed(&self.store, error))
     }
@@ -56,6 +68,10 @@ impl RowMemo for StoreRows {
     }
 
     fn append(&mut self, namespace: &str, results: &[(RowKey, &RowResult)]) -> Result<(), StageError> {
+        if let Some(broken) = self.guards.iter().find(|guard| !guard.holds()) {
+            let help = "what was computed since is not kept; run again";
+            return Err(StageError::input(&broken.path, "it changed while the stage ran").help(help));
+        }
         let rows = results.iter().map(|(key, result)| {
             let row = match result {
                 Ok(bytes) => RowRef::Result(bytes),
@@ -98,7 +114,11 @@ mod tests {
     fn what_one_attempt_keeps_another_finds_and_claims_keep_them_apart() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("store/rows");
-        let (mut one, mut two) = (StoreRows::new(&folder), StoreRows::new(&folder));
+        let used = Namespaces::default();
+        let (mut one, mut two) = (
+            StoreRows::new(&folder, Arc::clone(&used), vec![]),
+            StoreRows::new(&folder, Namespaces::default(), vec![]),
+        );
         let recipe = RowRecipe::new("n", 1);
         let keys: Vec<RowKey> = (0..3).map(|n| recipe.row().number("n", n).key()).collect();
         assert_eq!(one.look_up("n", &keys).unwrap(), [None, None, None]);
@@ -112,5 +132,6 @@ mod tests {
         one.sync().unwrap();
         let error = one.look_up("../n", &keys).unwrap_err();
         assert!(std::error::Error::source(&error).unwrap().to_string().contains("../n"), "{error}");
+        assert_eq!(*used.lock().unwrap(), BTreeSet::from(["n".to_owned()]));
     }
 }

@@ -11,6 +11,8 @@ use grlm_stages::{Device, context::Identity, hub::PinnedModel};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::guard::Guard;
+
 /// One attempt of one stage. All paths are absolute.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,6 +41,9 @@ pub struct AttemptSpec {
     pub scratch: PathBuf,
     /// The store's folder of rows; without it, results of rows are not kept.
     pub rows: Option<PathBuf>,
+    /// The user's own files that this attempt reads: no row is kept once one of them looks otherwise.
+    #[serde(default)]
+    pub guards: Vec<Guard>,
     /// The working directory.
     pub directory: PathBuf,
     /// Leased cores.
@@ -76,6 +81,7 @@ impl AttemptSpec {
             outputs: BTreeMap::new(),
             scratch: scratch.to_owned(),
             rows: None,
+            guards: Vec::new(),
             directory: directory.to_owned(),
             threads: 1,
             devices: Vec::new(),

@@ -10,6 +10,7 @@
 
 use std::{
     any::Any,
+    collections::BTreeSet,
     fs::File,
     io::{self, Write},
     os::fd::AsFd,
@@ -24,7 +25,10 @@ use grlm_stages::{StageContext, StageError, StopFlag, WorkerEvent};
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
-use super::{AttemptSpec, process, rows::StoreRows};
+use super::{
+    AttemptSpec, process,
+    rows::{Namespaces, StoreRows},
+};
 
 /// One line from the worker to the launcher.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +39,8 @@ pub enum Message {
     Usage {
         /// In bytes, of the worker or the largest of its children.
         peak_memory: u64,
+        /// Namespaces of rows that the stage used.
+        rows: BTreeSet<String>,
     },
 }
 
@@ -70,7 +76,8 @@ pub fn main(folder: &Path, parent: Option<u32>) -> ExitCode {
         }
     };
     let stop = STOP.get_or_init(StopFlag::default).clone();
-    let result = guard_process(parent).and_then(|()| run(folder, stop, &channel));
+    let namespaces = Namespaces::default();
+    let result = guard_process(parent).and_then(|()| run(folder, stop, &channel, &namespaces));
     process::kill_children();
     let (last, code) = match result {
         Ok(()) => (WorkerEvent::Finished, ExitCode::SUCCESS),
@@ -83,7 +90,8 @@ pub fn main(folder: &Path, parent: Option<u32>) -> ExitCode {
     let peak_memory = process::own_peak_memory().unwrap_or(0).max(process::children_usage().peak_memory);
     let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
     channel.flush_progress();
-    channel.send(&Message::Usage { peak_memory });
+    let rows = namespaces.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    channel.send(&Message::Usage { peak_memory, rows });
     channel.send(&Message::Event(last));
     code
 }
@@ -117,7 +125,12 @@ fn guard_process(parent: Option<u32>) -> Result<(), StageError> {
     Ok(())
 }
 
-fn run(folder: &Path, stop: StopFlag, channel: &Arc<Mutex<Channel>>) -> Result<(), StageError> {
+fn run(
+    folder: &Path,
+    stop: StopFlag,
+    channel: &Arc<Mutex<Channel>>,
+    namespaces: &Namespaces,
+) -> Result<(), StageError> {
     let spec = AttemptSpec::read(folder)
         .map_err(|e| StageError::bug(format!("cannot read {}: {e}", folder.join(AttemptSpec::FILE).display())))?;
     let kind = grlm_stages::kind(&spec.kind)
@@ -133,7 +146,7 @@ fn run(folder: &Path, stop: StopFlag, channel: &Arc<Mutex<Channel>>) -> Result<(
     .with_simulated_devices(spec.simulated_devices)
     .with_identity(spec.identity);
     if let Some(rows) = &spec.rows {
-        cx = cx.with_rows(StoreRows::new(rows));
+        cx = cx.with_rows(StoreRows::new(rows, Arc::clone(namespaces), spec.guards));
     }
     note_panics();
     let params = spec.params;

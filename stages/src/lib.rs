@@ -12,6 +12,7 @@ pub mod error;
 pub mod event;
 pub mod hub;
 pub mod lm;
+pub mod machine;
 pub mod method;
 mod model_folder;
 pub mod prompts;

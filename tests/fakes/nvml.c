@@ -1,6 +1,7 @@
 /* A stand-in for libnvidia-ml: its devices are the lines of the file that FAKE_NVML names, `UUID MIB [PARENT|lost]`.
    A MIG instance names its GPU; a GPU with instances is in MIG mode. FAKE_NVML_USED names a file of lines
-   `UUID MIB`: what each of the caller's child processes holds there. The lists are read anew with every call. */
+   `UUID MIB`: what each of the caller's child processes holds there. FAKE_NVML_ASKED names a file that gets a line each
+   time that is asked. The lists are read anew with every call. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <stdio.h>
@@ -66,8 +67,10 @@ int nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, void **out
 }
 struct process { unsigned pid; unsigned long long used; unsigned gpu, compute; };
 int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *n, struct process *out) {
-  const char *path = getenv("FAKE_NVML_USED");
-  FILE *file = path ? fopen(path, "r") : NULL;
+  const char *path = getenv("FAKE_NVML_USED"), *asked = getenv("FAKE_NVML_ASKED");
+  FILE *file = asked ? fopen(asked, "a") : NULL;
+  if (file) { fputs("asked\n", file); fclose(file); }
+  file = path ? fopen(path, "r") : NULL;
   char line[256], uuid[96]; unsigned long long mib, used = 0;
   unsigned room = *n;
   while (file && fgets(line, sizeof line, file))

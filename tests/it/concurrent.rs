@@ -70,7 +70,7 @@ fn who_waits_says_for_whom_and_holds_no_devices() {
     let env = Environment::new();
     // The stage ends once another run has done something: on two cores only if the one that waits holds none.
     let wait =
-        "i=0; while [ ! -e solo ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i+1)); done; test -e solo && echo prepared";
+        "i=0; while [ ! -e solo ] && [ $i -lt 3000 ]; do sleep 0.1; i=$((i+1)); done; test -e solo && echo prepared";
     env.write("shared.yaml", &SHARED.replace("sleep 0.2; echo prepared", wait));
     env.write(
         "solo.yaml",

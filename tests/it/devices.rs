@@ -27,6 +27,7 @@ fn on(env: &Environment, gpus: &str, arguments: &[&str]) -> Option<Command> {
     env.write("gpus", gpus);
     let mut command = env.command(arguments);
     command.env("GRLM_NVML", nvml()?).env("FAKE_NVML", env.path("gpus")).env("FAKE_NVML_USED", env.path("used"));
+    command.env("FAKE_NVML_ASKED", env.path("asked"));
     Some(command)
 }
 
@@ -112,7 +113,9 @@ fn a_gpu_that_disappears_is_taken_out_and_its_work_goes_elsewhere() {
 fn memory_is_measured_and_the_next_run_takes_that_share() {
     let env = Environment::new();
     env.write("used", "GPU-aaaa 10240\nGPU-bbbb 10240\n");
-    let run = "echo $CUDA_VISIBLE_DEVICES > ${outputs.out}; sleep 0.7";
+    // The second look begins when the first one is over.
+    let run = "echo $CUDA_VISIBLE_DEVICES > ${outputs.out}; \
+               until [ $(cat asked 2>/dev/null | wc -l) -gt 2 ]; do sleep 0.01; done";
     env.write("gpu.yaml", &stage(run, "gpus: 1, share: true"));
     let Some(command) = on(&env, TWO, &["run", "gpu.yaml"]) else { return };
     let (code, text) = said(command);

@@ -16,7 +16,7 @@ fn mounting(env: &Environment, script: &str) -> Option<Outcome> {
         .args(["-rm", "sh", "-ec", script])
         .current_dir(env.path("."))
         .env("GRLM", env!("CARGO_BIN_EXE_grlm"))
-        .env("XDG_RUNTIME_DIR", env.path("."))
+        .env("GRLM_LEASES", env.path("leases"))
         .env("NO_COLOR", "1")
         .output()
         .expect("unshare starts");

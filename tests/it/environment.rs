@@ -49,7 +49,7 @@ impl Environment {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", self.root.path())
-            .env("XDG_RUNTIME_DIR", self.root.path())
+            .env("GRLM_LEASES", self.root.path().join("leases"))
             .env("NO_COLOR", "1")
             .stdin(Stdio::null());
         command

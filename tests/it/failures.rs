@@ -95,3 +95,24 @@ stages:
         assert!(!String::from_utf8_lossy(&content).contains("hunter2secret"), "{}", path.display());
     }
 }
+
+#[test]
+fn what_changes_while_a_stage_runs_gives_no_result() {
+    let env = three();
+    let edit = |run: &str| {
+        THREE
+            .replace("tr a-z A-Z < ${inputs.text}", run)
+            .replace("    uses: command", "    uses: command\n    code: [c.sh]")
+    };
+    env.write("c.sh", "cat\n");
+    for (what, run) in
+        [("input `text` (src.txt)", "echo later >> src.txt; cat"), ("code c.sh", "echo '#' >> c.sh; cat")]
+    {
+        env.write("three.yaml", &edit(&format!("{run} < ${{inputs.text}}")));
+        let said = env.fails(1, &["run", "three.yaml", "--until", "upper"]);
+        assert!(said.contains(&format!("{what} changed while the stage ran")), "{said}");
+    }
+    // Unchanged, it has one.
+    env.write("three.yaml", &edit("sh c.sh < ${inputs.text}"));
+    env.ok(&["run", "three.yaml", "--until", "upper"]);
+}

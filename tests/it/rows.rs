@@ -1,6 +1,6 @@
 //! Row stages through the real program: what a change costs, what a kill costs, and what does not depend on devices.
 
-use std::{fs, process::Child, thread, time::Duration};
+use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, process::Child, thread, time::Duration};
 
 use crate::environment::Environment;
 
@@ -74,6 +74,111 @@ fn one_changed_item_costs_one_row_and_plan_says_so() {
     assert_eq!(given(&env), 0);
 }
 
+/// An encoder, neighbours by it (those whose titles begin with the same letter), prompts from them, an extractor.
+const CHAIN: &str = r#"
+name: chain
+stages:
+  embed:
+    uses: command
+    inputs: { items: { file: items.jsonl } }
+    with:
+      run: |
+        while IFS= read -r line; do
+          echo "$line" >> embedded
+          echo "$line" | sed 's/"title":"\(.\).*"/"letter":"\1"/'
+        done
+      rows: { fields: [title], namespace: embedding }
+    outputs: { out: embeddings.jsonl }
+  neighbors:
+    uses: command
+    inputs: { embeddings: embed.out }
+    code: [neighbors.awk]
+    with: { run: "awk -f neighbors.awk ${inputs.embeddings} > ${outputs.out}" }
+    outputs: { out: neighbors.txt }
+  prompts:
+    uses: command
+    inputs: { neighbors: neighbors.out, items: { file: items.jsonl }, template: { file: template.txt } }
+    code: [prompts.awk]
+    with:
+      run: "awk -f prompts.awk ${inputs.template} ${inputs.items} ${inputs.neighbors} > ${outputs.out}"
+    outputs: { out: prompts.jsonl }
+  extract:
+    uses: command
+    inputs: { prompts: prompts.out }
+    with:
+      run: |
+        while IFS= read -r line; do
+          echo "$line" >> extracted
+          echo "$line" | sed 's/"prompt"/"words"/'
+        done
+      rows: { fields: [prompt], namespace: words }
+    outputs: { out: words.jsonl }
+"#;
+
+const NEIGHBORS: &str = r#"BEGIN { FS = "\"" }
+{ id[NR] = $4; letter[NR] = $8; with[$8] = with[$8] " " $4 }
+END { for (n = 1; n <= NR; n++) print id[n] with[letter[n]] }
+"#;
+
+const PROMPTS: &str = r#"BEGIN { FS = "\"" }
+FILENAME == ARGV[1] { template = $0; next }
+FILENAME == ARGV[2] { title[$4] = $8; next }
+{
+  split($0, ids, " ")
+  text = template ": " title[ids[1]]
+  for (n = 2; n in ids; n++) text = text "; " title[ids[n]]
+  printf "{\"id\":\"%s\",\"prompt\":\"%s\"}\n", ids[1], text
+}
+"#;
+
+#[test]
+fn a_chain_of_row_stages_computes_what_really_differs() {
+    let env = Environment::new();
+    env.write("chain.yaml", CHAIN);
+    env.write("neighbors.awk", NEIGHBORS);
+    env.write("prompts.awk", PROMPTS);
+    let letters = ["a", "b", "c", "d", "e"];
+    let catalogue = |rows: usize, changed: Option<(usize, &str)>| -> String {
+        let title = |n: usize| match changed {
+            Some((which, title)) if which == n => title.to_owned(),
+            _ => format!("{}{n} thing", letters[n % letters.len()]),
+        };
+        (0..rows).map(|n| format!("{{\"id\":\"i{n}\",\"title\":\"{}\"}}\n", title(n))).collect()
+    };
+    let (mut titles_seen, mut prompts_seen) = (BTreeSet::new(), BTreeSet::new());
+    let lines = |text: &str, field: &str| -> BTreeSet<String> {
+        let of =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()[field].as_str().unwrap().to_owned();
+        text.lines().map(of).collect()
+    };
+    let count = |name: &str| {
+        let text = fs::read_to_string(env.path(name)).unwrap_or_default();
+        let _ = fs::remove_file(env.path(name));
+        text.lines().count()
+    };
+    // What the programs were given is what is new by a diff of the files.
+    let mut run = |items: &str, template: &str| {
+        env.write("items.jsonl", items);
+        env.write("template.txt", template);
+        env.ok(&["run", "chain.yaml"]);
+        let (titles, prompts) = (lines(items, "title"), lines(&env.read("out/chain/prompts/prompts.jsonl"), "prompt"));
+        let new = (titles.difference(&titles_seen).count(), prompts.difference(&prompts_seen).count());
+        titles_seen.extend(titles);
+        prompts_seen.extend(prompts);
+        assert_eq!((count("embedded"), count("extracted")), new);
+        new
+    };
+    let before = catalogue(25, None);
+    let changed = catalogue(25, Some((7, "d7 renamed")));
+    assert_eq!(run(&before, "words of"), (25, 25));
+    assert_eq!(run(&before, "words of"), (0, 0), "nothing touched");
+    // It leaves the neighbours of its old letter, and joins those of the new one.
+    assert_eq!(run(&changed, "words of"), (1, 10), "one title changed");
+    assert_eq!(run(&catalogue(30, Some((7, "d7 renamed"))), "words of"), (5, 30), "five items added");
+    assert_eq!(run(&changed, "five words of"), (0, 25), "the template changed");
+    assert_eq!(run(&changed, "words of"), (0, 0), "and changed back");
+}
+
 #[test]
 fn the_artifact_is_the_same_on_any_devices() {
     let mut seen = Vec::new();
@@ -99,12 +204,15 @@ fn wait_for_rows(env: &Environment, run: &mut Child, rows: usize) {
 
 #[test]
 fn a_kill_costs_a_batch_a_device() {
-    let env = environment(60);
+    let (rows, kills) = (150, 10);
+    let env = environment(rows);
     let arguments = ["run", "rows.yaml", "--devices", "sim:2", "--set", "vars.pace=0.004"];
-    let (mut computed, kills) = (0, 3);
+    let mut computed = 0;
     for _ in 0..kills {
+        // At 60 % of what is left.
+        let aim = (rows - computed.min(rows)) * 6 / 10;
         let mut run = env.command(&arguments).stderr(std::process::Stdio::null()).spawn().unwrap();
-        wait_for_rows(&env, &mut run, 15);
+        wait_for_rows(&env, &mut run, aim);
         run.kill().unwrap();
         run.wait().unwrap();
         // Its worker goes with it.
@@ -113,8 +221,8 @@ fn a_kill_costs_a_batch_a_device() {
     }
     env.ok(&arguments);
     computed += given(&env);
-    assert!((60..=60 + 5 * 2 * kills).contains(&computed), "{computed}");
-    let undisturbed = environment(60);
+    assert!((rows..=rows + 5 * 2 * kills).contains(&computed), "{computed}");
+    let undisturbed = environment(rows);
     undisturbed.ok(&["run", "rows.yaml"]);
     assert_eq!(env.read("out/rows/shout/words.jsonl"), undisturbed.read("out/rows/shout/words.jsonl"));
 }
@@ -156,7 +264,14 @@ fn rows_are_listed_shown_moved_and_dropped() {
     assert!(one.starts_with("{\"words\":\"title "), "{one}");
     assert!(env.ok(&["rows", "verify"]).stdout.contains("12 records, 0 damaged"));
 
-    env.ok(&["rows", "export", "rows.grlm"]);
+    let usage = env.ok(&["du"]).stdout;
+    assert!(usage.contains("rows of") && usage.contains("command"), "{usage}");
+    let mut export = env.command(&["rows", "export", "rows.grlm"]);
+    assert!(export.status().unwrap().success());
+    // As the umask says, as of any file.
+    env.write("any", "");
+    let mode = |name: &str| fs::metadata(env.path(name)).unwrap().permissions().mode();
+    assert_eq!(mode("rows.grlm"), mode("any"));
     fs::rename(env.path(".grlm"), env.path("old-store")).unwrap();
     env.ok(&["rows", "import", "rows.grlm"]);
     env.ok(&["run", "rows.yaml"]);
@@ -180,6 +295,10 @@ fn damaged_rows_are_found_and_computed_again_alone() {
     assert!(env.grlm(&["rows", "verify"]).stdout.contains("1 damaged"));
     env.ok(&["run", "rows.yaml", "--force", "shout"]);
     assert_eq!(given(&env), 1);
+    let found = env.grlm(&["verify"]);
+    assert_eq!(found.code, 6);
+    assert!(found.stdout.contains("rows of command: 1 damaged, and left out"), "{}", found.stdout);
+    assert!(env.ok(&["verify"]).stdout.contains("20 rows"));
     env.ok(&["rows", "compact"]);
     assert!(env.ok(&["rows", "verify"]).stdout.contains("20 records, 0 damaged"));
 }

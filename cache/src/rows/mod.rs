@@ -22,6 +22,7 @@
 
 mod claims;
 mod compact;
+mod held;
 mod index;
 mod namespace;
 mod record;
@@ -35,6 +36,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub(crate) use held::HeldRows;
 pub use namespace::{Entry, Namespace, RowRef, RowStats};
 pub use transfer::Imported;
 

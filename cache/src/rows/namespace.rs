@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use rustc_hash::FxHashMap;
 
 use crate::digest::Digest;
+use crate::gc;
 use crate::rows::claims::Claims;
 use crate::rows::record::{self, Kind};
 use crate::rows::segment::{self, Writer};
@@ -25,6 +27,8 @@ pub struct Namespace {
     pub(super) view: View,
     writer: Option<Writer>,
     claims: Option<Claims>,
+    /// A collector knows that it is used.
+    dated: bool,
 }
 
 /// A row that is kept.
@@ -55,11 +59,12 @@ impl Namespace {
         if access == Access::Write {
             view.write_index(false);
         }
-        Ok(Namespace { folder, access, view, writer: None, claims: None })
+        Ok(Namespace { folder, access, view, writer: None, claims: None, dated: false })
     }
 
     /// The results that are there, in the order of `keys`, whoever appended them. A damaged one is not.
     pub fn look_up(&mut self, keys: &[Digest]) -> Result<Vec<Option<Vec<u8>>>> {
+        self.date();
         self.view.refresh()?;
         for _ in 0..LOOKS {
             match self.view.read(keys)? {
@@ -68,6 +73,19 @@ impl Namespace {
             }
         }
         Err(StoreError::io("keep track of", &self.folder, io::ErrorKind::ResourceBusy.into()))
+    }
+
+    /// Dates the folder when it is used, so that a collector does not take it for old: appending alone would not tell.
+    fn date(&mut self) {
+        if self.dated || self.access == Access::Read {
+            return;
+        }
+        self.dated = true;
+        let dated = fs::metadata(&self.folder).and_then(|metadata| metadata.modified());
+        if dated.is_ok_and(|dated| dated.elapsed().is_ok_and(|age| age >= gc::fresh())) {
+            // Who may not (another user's) looks rows up all the same.
+            let _ = gc::date(&self.folder);
+        }
     }
 
     /// Appends rows. What is appended survives a kill; see [`Namespace::sync`] for power cuts.
@@ -189,8 +207,18 @@ impl Namespace {
         let mut places = Vec::new();
         let see = |segment, place, header| places.push(Chosen { segment, place, ..Chosen::of(&header) });
         let mut damaged = self.view.headers(see)?;
-        for place in &places {
-            damaged += u64::from(self.payload(place)?.is_none());
+        // Segment by segment, as they lie.
+        for segment in places.chunk_by(|a, b| a.segment == b.segment) {
+            let Some(path) = segment.first().and_then(|first| self.view.path(first.segment)) else { continue };
+            let file = match fs::File::open(&path) {
+                Ok(file) => file,
+                // Compacted meanwhile, by somebody who read all of it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(StoreError::io("open", &path, error)),
+            };
+            for place in segment {
+                damaged += u64::from(payload_in(&file, &path, place)?.is_none());
+            }
         }
         Ok((places.len() as u64, damaged))
     }
@@ -211,16 +239,13 @@ impl Namespace {
 
     /// A record's payload; `None` if it is damaged or gone.
     pub(super) fn payload(&self, chosen: &Chosen) -> Result<Option<Vec<u8>>> {
-        use std::os::unix::fs::FileExt;
         let Some(path) = self.view.path(chosen.segment) else { return Ok(None) };
         let file = match fs::File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StoreError::io("open", &path, error)),
         };
-        let mut bytes = vec![0; record::RECORD_HEADER + chosen.length];
-        file.read_exact_at(&mut bytes, chosen.place).map_err(StoreError::while_doing("read", &path))?;
-        Ok(record::header(&bytes).and_then(|header| Some(record::payload(&bytes, &header)?.to_vec())))
+        payload_in(&file, &path, chosen)
     }
 
     /// Removes every segment that nobody writes, and the index; returns whether that was all.
@@ -247,6 +272,13 @@ impl Namespace {
         }
         Ok(all)
     }
+}
+
+/// A record's payload; `None` if it is damaged.
+fn payload_in(file: &fs::File, path: &Path, chosen: &Chosen) -> Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; record::RECORD_HEADER + chosen.length];
+    file.read_exact_at(&mut bytes, chosen.place).map_err(StoreError::while_doing("read", path))?;
+    Ok(record::header(&bytes).and_then(|header| Some(record::payload(&bytes, &header)?.to_vec())))
 }
 
 /// A row to append.

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Raised when the meaning of a row's key, or what is stored for a row, changes.
-const ROW_VERSION: u64 = 1;
+const ROW_VERSION: u32 = 1;
 
 /// The `rows` block of `command`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -177,10 +177,7 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
         Some(digest) => digest.to_owned(),
         None => blake3::hash(params.run.as_bytes()).to_hex().to_string(),
     };
-    let mut recipe = RowRecipe::new("command", rows.version as u32)
-        .number("row version", ROW_VERSION)
-        .number("version", rows.version)
-        .text("program", &program);
+    let mut recipe = RowRecipe::new("command", ROW_VERSION).number("version", rows.version).text("program", &program);
     for (other, _) in cx.inputs().filter(|(other, _)| *other != port) {
         recipe = recipe.text("input", other).text("content", &cx.input_digest(other)?);
     }

@@ -6,6 +6,7 @@ use grlm_nn::{
 };
 
 use super::{Decoding, Params};
+use crate::machine;
 
 /// Users that are handed to a device at a time: what a kill may cost.
 pub const PIECE: usize = 32;
@@ -21,15 +22,8 @@ pub fn batch(params: &Params, config: &Config, trie: &Trie, longest: usize, thre
         Decoding::Free => memory::free_slots(params.beams, params.max_new_tokens),
         Decoding::Exact => 0,
     };
-    let Some(free) = free_memory() else { return MOST };
+    let Some(free) = machine::available_memory() else { return MOST };
     let budget = (free as f64 * SHARE) as usize / threads;
     let room = budget.saturating_sub(memory::work(config, longest));
     (room / memory::prompt(config, longest, slots).max(1)).clamp(1, MOST)
-}
-
-/// Bytes that the machine could give without swapping, by `/proc/meminfo`.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }

@@ -3,7 +3,7 @@
 use grlm_nn::qwen3::Config;
 
 use super::params::{Method, Params};
-use crate::{StageContext, StageError};
+use crate::{StageContext, StageError, machine};
 
 /// Says how much memory the run takes.
 ///
@@ -11,7 +11,7 @@ use crate::{StageContext, StageError};
 /// More than the machine has free; with the parameters that would fit.
 pub fn check(params: &Params, config: &Config, cx: &mut StageContext) -> Result<(), StageError> {
     let needed = params.memory_of(config, cx.out_of_memory_before());
-    let free = available();
+    let free = machine::available_memory();
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
     match free {
         Some(free) if needed > free => Err(StageError::params(format!(
@@ -51,13 +51,6 @@ fn advice(params: &Params, config: &Config, free: u64) -> String {
         }
     }
     "take a smaller model, or `backend: llamafactory` on GPUs".into()
-}
-
-/// Bytes that the machine has free, where that can be found out.
-fn available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 //!
 //! It runs on one thread, the one that lives as long as the program: workers die with it.
 
+mod end;
+mod start;
+
 use std::{
     collections::{BTreeMap, HashMap},
     io,
@@ -11,26 +14,22 @@ use std::{
 };
 
 use grlm_cache::{ActionKey, Content, Store, StoreError};
-use grlm_stages::{Failure, event::LogLevel};
+use grlm_stages::Failure;
 use tokio::{sync::mpsc, task::LocalSet};
 
 use super::{
-    attempt::{AttemptError, End, Job, JobInput, JobOutput, Leased, Trial, Workshop},
+    attempt::{AttemptError, End, Workshop},
     decide::{self, Action, Answer, Files},
     history::History,
-    measured::Measured,
+    outlook::Outlook,
     rows,
-    work::{NodeId, Permission, Source, Work, producers},
+    work::{NodeId, Permission, Source, Work},
 };
 use crate::{
-    device::{Lease, Machine, Unfit, discover, host::HostError},
+    device::{Lease, Machine, Unfit, host::HostError},
     dispatch::Dispatcher,
     events::{Body, Counts, Event, Outcome, now},
-    executor::{
-        AttemptFailure, Launcher, Stop, StopReceiver, StopSender, interrupt,
-        retry::{Retry, RetryPolicy},
-        stop_channel,
-    },
+    executor::{AttemptFailure, Launcher, Stop, StopReceiver, StopSender, interrupt, stop_channel},
     journal::{Journal, JournalError, RunId},
     progress::Reporter,
     schedule::{Task, TaskId},
@@ -200,36 +199,6 @@ pub fn run(
     engine.finish(&names)
 }
 
-/// What things are expected to need, by what the store remembers.
-struct Outlook {
-    measured: Vec<Option<Measured>>,
-    /// The longest path from a node to an end of the graph, in seconds: those go first.
-    remaining: Vec<f64>,
-}
-
-impl Outlook {
-    /// What a stage that never ran counts for.
-    const UNKNOWN: f64 = 1.0;
-    /// In larger graphs, asking for every stage costs more than a better order gains.
-    const LARGE: usize = 500;
-
-    fn new(store: &Store, work: &Work, machine: &Machine) -> Self {
-        let ask = work.nodes.len() <= Self::LARGE;
-        let measured: Vec<Option<Measured>> =
-            (0..work.nodes.len()).map(|id| ask.then(|| Measured::of(store, work.stage(id), machine))).collect();
-        let mut outlook = Self { measured, remaining: vec![0.0f64; work.nodes.len()] };
-        for id in (0..work.nodes.len()).rev() {
-            let behind = work.nodes[id].dependents.iter().map(|&d| outlook.remaining[d]).fold(0.0, f64::max);
-            outlook.remaining[id] = outlook.estimate(id).unwrap_or(Self::UNKNOWN) + behind;
-        }
-        outlook
-    }
-
-    fn estimate(&self, id: NodeId) -> Option<f64> {
-        self.measured[id].as_ref().map(|measured| measured.seconds).filter(|seconds| *seconds > 0.0)
-    }
-}
-
 impl Engine<'_> {
     async fn drive(&mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
         let (asked, mut stops) = mpsc::unbounded_channel();
@@ -251,7 +220,8 @@ impl Engine<'_> {
                         if let Body::Metric { name, value: Some(seconds), .. } = &body
                             && name == rows::SECONDS_PER_ROW
                         {
-                            rows::remember(&self.workshop.store, &self.work.nodes[id].label, *seconds);
+                            let seconds = *seconds;
+                            self.learn(id, |measured| measured.seconds_per_row = Some(seconds));
                         }
                         self.emit(Some(id), Some(attempt), body);
                     }
@@ -396,230 +366,6 @@ impl Engine<'_> {
         *self.stop.1.borrow() == Stop::No && (!self.failed || self.options.keep_going) && self.error.is_none()
     }
 
-    fn start_what_fits(&mut self) {
-        if !self.may_start() {
-            return;
-        }
-        loop {
-            let starts = match self.dispatcher.start() {
-                Ok(starts) => starts,
-                Err(error) => return self.give_up(error.into()),
-            };
-            let mut given_back = false;
-            for start in starts {
-                given_back |= !self.start(start.id.0, start.lease);
-            }
-            if !given_back {
-                return;
-            }
-        }
-    }
-
-    /// Starts a node, unless another process works on the same action: then its lease goes back.
-    fn start(&mut self, id: NodeId, lease: Lease) -> bool {
-        let State::Queued(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return true };
-        let key = action.key;
-        let lock = match self.workshop.store.try_lock_action(&key) {
-            Ok(Some(lock)) => lock,
-            Ok(None) => {
-                self.states[id] = State::Elsewhere(action);
-                self.elsewhere.push(id);
-                if let Err(error) = self.dispatcher.finish(TaskId(id)) {
-                    self.give_up(error.into());
-                }
-                let who = self.workshop.store.lock_holder(&key).map(|holder| holder.process);
-                let who = who.map_or("another process".into(), |p| format!("process {} on {}", p.pid, p.host));
-                let message = format!("waits for {who}, which does the same");
-                self.emit(Some(id), None, Body::Log { level: LogLevel::Info, message });
-                return false;
-            }
-            Err(error) => {
-                self.give_up(error.into());
-                return true;
-            }
-        };
-        self.states[id] = State::Running(action.clone());
-        self.running += 1;
-        let job = self.job(id, *action);
-        let stage = self.work.stage(id);
-        let shrinks = stage.kind.shrinks();
-        let policy = RetryPolicy { retries: Some(stage.retries).filter(|&r| r > 0), shrinks };
-        let learnt = self.outlook().measured[id].as_ref().map_or(0, |measured| measured.out_of_memory);
-        let mut tried = *self.tried.entry(id).or_insert(Tried { attempts: 0, out_of_memory: learnt });
-        let shares = lease.gpu_memory.is_some() && !lease.gpus.is_empty();
-        let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
-        let logs: Vec<PathBuf> =
-            (1..=tried.attempts + policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
-        let machine = self.dispatcher.machine();
-        let gpus = machine.visible_devices(&lease);
-        let leased = Leased { cpus: lease.cpus as usize, simulated: lease.gpus.len() - gpus.len(), gpus };
-        let devices = machine.names(&lease);
-        self.leases.insert(id, lease);
-        tokio::task::spawn_local(async move {
-            let _lock = lock;
-            let end = loop {
-                let log = &logs[(tried.attempts as usize).min(logs.len() - 1)];
-                tried.attempts += 1;
-                let number = tried.attempts;
-                let say = |body| {
-                    let _ = sender.send(Message::Event(id, number, body));
-                };
-                say(Body::Started { cpus: leased.cpus, devices: devices.clone() });
-                let mut pass_on = |event| {
-                    if let Some(body) = Body::from_worker(event) {
-                        say(body);
-                    }
-                };
-                let trial = Trial { number, out_of_memory: tried.out_of_memory, log };
-                let end = workshop.attempt(&job, &trial, &leased, stop.clone(), &mut pass_on).await;
-                let Ok(End::Failed { failure, duration }) = &end else { break end };
-                let (failure, duration) = (failure.clone(), *duration);
-                if *stop.borrow() != Stop::No {
-                    break end;
-                }
-                let lost = gone(&leased.gpus, failure.failure).await;
-                let out_of_memory = failure.failure == Failure::OutOfMemory;
-                let retry = policy.decide(failure.failure, number);
-                // A share that was too small says nothing about the whole GPU; a GPU that is gone, nothing of the stage.
-                if (!lost.is_empty() && number < MOST_ATTEMPTS) || (out_of_memory && shares) {
-                    tried.out_of_memory += u32::from(out_of_memory && shrinks);
-                    break Ok(End::Again { failure, duration, lost });
-                }
-                let Retry::After(pause) = retry else { break end };
-                tried.out_of_memory += u32::from(out_of_memory);
-                if out_of_memory && !leased.gpus.is_empty() {
-                    // Others may use the devices meanwhile.
-                    break Ok(End::Again { failure, duration, lost });
-                }
-                say(Body::failed(failure, duration, Some(pause)));
-                let mut stopped = stop.clone();
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
-                    _ = stopped.wait_for(|s| *s != Stop::No) => {}
-                }
-            };
-            let _ = sender.send(Message::Ended(id, Box::new(end), tried));
-        });
-        true
-    }
-
-    fn job(&self, id: NodeId, action: Action) -> Job {
-        let stage = self.work.stage(id);
-        let inputs = self.work.nodes[id]
-            .sources
-            .iter()
-            .map(|(port, source)| {
-                let input = match source {
-                    Source::File(path) => JobInput::File(path.clone()),
-                    Source::Output { file, .. } => JobInput::Stored(file.clone()),
-                };
-                (port.clone(), input)
-            })
-            .collect();
-        let output = |o: &grlm_stages::Output| JobOutput {
-            port: o.name.to_string(),
-            file: o.file.to_string(),
-            artifact: o.artifact,
-            may_be_empty: o.may_be_empty,
-        };
-        Job {
-            label: self.work.nodes[id].label.clone(),
-            pipeline: self.work.title(self.work.nodes[id].places[0].pipeline),
-            kind: stage.kind.name(),
-            params: stage.params.clone(),
-            action,
-            inputs,
-            outputs: stage.outputs.iter().map(output).collect(),
-            timeout: stage.timeout,
-            env: stage.env.clone(),
-            pass_env: stage.pass_env.clone(),
-            secrets: stage.secrets.clone(),
-            forced: self.work.nodes[id].permission == Permission::Force,
-        }
-    }
-
-    fn ended(&mut self, id: NodeId, end: Result<End, AttemptError>, tried: Tried) {
-        self.running -= 1;
-        let State::Running(action) = std::mem::replace(&mut self.states[id], State::Waiting) else { return };
-        let key = action.key;
-        self.tried.insert(id, tried);
-        if let Err(error) = self.dispatcher.finish(TaskId(id)) {
-            self.give_up(error.into());
-        }
-        match end {
-            Ok(End::Published { record, duration }) => {
-                let seconds = duration.as_secs_f64();
-                let (peak_memory, peak_gpu_memory) = (record.peak_memory, record.peak_gpu_memory);
-                self.learn(id, |measured| {
-                    (measured.seconds, measured.memory) = (seconds, peak_memory);
-                    measured.gpu_memory = peak_gpu_memory.or(measured.gpu_memory);
-                    measured.out_of_memory = tried.out_of_memory;
-                });
-                self.emit(Some(id), None, Body::Finished { seconds, peak_memory, peak_gpu_memory });
-                self.done(id, Done { key, outputs: record.outputs });
-            }
-            Ok(End::Reused(outputs)) => {
-                self.emit(Some(id), None, Body::Cached { saved: None });
-                self.done(id, Done { key, outputs });
-            }
-            Ok(End::Failed { failure, duration }) => {
-                if failure.failure == Failure::Stopped {
-                    self.skip(id, "the run was stopped".into());
-                } else {
-                    self.fail_after(id, failure, duration);
-                }
-            }
-            Ok(End::Again { failure, duration, lost }) => return self.again(id, action, failure, duration, &lost),
-            Err(AttemptError::Store(error)) => self.give_up(error.into()),
-            Err(error) => {
-                let failure = AttemptFailure {
-                    failure: Failure::Environment,
-                    message: error.to_string(),
-                    help: std::error::Error::source(&error).map(ToString::to_string),
-                    tail: Vec::new(),
-                };
-                self.fail(id, failure);
-            }
-        }
-        self.release_twins(key);
-        self.settle();
-    }
-
-    /// An attempt failed for want of a device or of memory on it: it waits again, without what is gone, for more.
-    fn again(&mut self, id: NodeId, action: Box<Action>, failure: AttemptFailure, duration: Duration, lost: &[String]) {
-        let had = self.leases.remove(&id).and_then(|lease| lease.gpu_memory);
-        if failure.failure == Failure::OutOfMemory
-            && let Some(share) = had
-        {
-            self.learn(id, |measured| measured.gpu_too_small = measured.gpu_too_small.max(Some(share)));
-        }
-        self.emit(Some(id), None, Body::failed(failure, duration, Some(Duration::ZERO)));
-        for uuid in lost {
-            let message = format!("{uuid} is gone, so nothing more runs on it");
-            self.emit(Some(id), None, Body::Log { level: LogLevel::Warn, message });
-            for (TaskId(other), unfit) in self.dispatcher.lose(uuid) {
-                if let State::Queued(action) = &self.states[other] {
-                    let key = action.key;
-                    self.unfit(other, &unfit, key);
-                }
-            }
-        }
-        self.queue(id, action);
-        self.settle();
-    }
-
-    /// Adds to what is known of a stage, for the rest of this run and for later ones.
-    fn learn(&mut self, id: NodeId, lesson: impl FnOnce(&mut Measured)) {
-        let (store, machine) = (&self.workshop.store, self.dispatcher.machine());
-        let stage = self.work.stage(id);
-        let mut measured = Measured::of(store, stage, machine);
-        lesson(&mut measured);
-        if let Err(error) = measured.write(store, stage, machine) {
-            tracing::warn!(%error, "what a stage needs is not remembered");
-        }
-        self.outlook().measured[id] = Some(measured);
-    }
-
     /// A node has its result: it is shown, and what waited for it is decided.
     fn done(&mut self, id: NodeId, done: Done) {
         for place in &self.work.nodes[id].places {
@@ -707,82 +453,4 @@ impl Engine<'_> {
         let results = self.states.into_iter().map(|s| if let State::Done(done) = s { Some(done) } else { None });
         Ok(Ended { outcome, counts, results: results.collect(), files: self.files })
     }
-}
-
-/// However often devices get lost, a stage is not tried more often than this.
-const MOST_ATTEMPTS: u32 = 10;
-
-/// Of the leased GPUs, those that are gone. Only failures that a lost GPU can explain are worth the question.
-async fn gone(gpus: &[String], failure: Failure) -> Vec<String> {
-    if gpus.is_empty() || matches!(failure, Failure::WrongInput | Failure::Stopped) {
-        return Vec::new();
-    }
-    let gpus = gpus.to_vec();
-    tokio::task::spawn_blocking(move || discover::missing(&gpus)).await.unwrap_or_default()
-}
-
-/// Walks the graph without running anything: what each node would do, and why.
-///
-/// # Errors
-/// The store cannot be read.
-pub fn foresee(store: &Store, work: &Work) -> Result<Vec<Foreseen>, RunError> {
-    let files = Files::digest(store, work)?;
-    let histories: HashMap<usize, History> =
-        (0..work.pipelines.len()).map(|p| (p, History::open(store.root(), &work.title(p)))).collect();
-    let mut plan: Vec<Foreseen> = Vec::with_capacity(work.nodes.len());
-    for (id, node) in work.nodes.iter().enumerate() {
-        if node.permission == Permission::Leave {
-            plan.push(Foreseen::Left);
-            continue;
-        }
-        let unknown = producers(node).find(|&p| !matches!(plan[p], Foreseen::UpToDate(_)));
-        if let Some(producer) = unknown {
-            plan.push(Foreseen::Maybe { waits_for: work.nodes[producer].label.clone() });
-            continue;
-        }
-        let inputs = node
-            .sources
-            .iter()
-            .filter_map(|(port, source)| {
-                let content = match source {
-                    Source::File(path) => files.get(path).copied(),
-                    Source::Output { node, port, .. } => match &plan[*node] {
-                        Foreseen::UpToDate(done) => done.outputs.get(port).copied(),
-                        _ => None,
-                    },
-                };
-                Some((port.clone(), content?))
-            })
-            .collect();
-        let action = Action::new(work.stage(id), inputs, &files);
-        let answer = decide::look_up(store, &action.key)?;
-        plan.push(match answer {
-            Answer::Ready(record) if node.permission != Permission::Force => {
-                Foreseen::UpToDate(Done { key: action.key, outputs: record.outputs })
-            }
-            Answer::Ready(_) => Foreseen::Run { reason: "forced".into(), action: Box::new(action) },
-            answer => {
-                let history = &histories[&node.places[0].pipeline];
-                let reason = decide::reason(store, &answer, &action, history, work.stage(id).name.as_str());
-                Foreseen::Run { reason, action: Box::new(action) }
-            }
-        });
-    }
-    Ok(plan)
-}
-
-/// What would happen to a node.
-#[derive(Debug)]
-pub enum Foreseen {
-    UpToDate(Done),
-    Run {
-        reason: String,
-        action: Box<Action>,
-    },
-    /// Decided when this stage has its result: an equal output stops the rerun there.
-    Maybe {
-        waits_for: String,
-    },
-    /// Not asked for.
-    Left,
 }
