@@ -140,7 +140,10 @@ impl TextMapper {
     fn best_tid(&self, query: &str, memory: &mut Memory) -> Option<TidIndex> {
         let Memory { matches, scores, touched, .. } = memory;
         scores.resize(self.items.len(), 0.0);
-        touched.clear();
+        // One place more than there are TIDs: the loop below writes each TID behind the last one that counts, and lets it
+        // count if it was not touched before, since a branch would be guessed wrong half the time.
+        touched.resize(self.items.len() + 1, 0);
+        let mut count = 0;
         for (place, word) in query.split(", ").enumerate() {
             let weight = 1.0 / (place + 1) as f64;
             if !matches.contains_key(word) {
@@ -151,15 +154,14 @@ impl TextMapper {
                 let index = index as usize;
                 for &tid in &self.postings[self.starts[index]..self.starts[index + 1]] {
                     let sum = &mut scores[tid as usize];
-                    if *sum == 0.0 {
-                        touched.push(tid);
-                    }
+                    touched[count] = tid;
+                    count += usize::from(*sum == 0.0);
                     *sum += score;
                 }
             }
         }
         let mut best: Option<(TidIndex, f64)> = None;
-        for &tid in touched.iter() {
+        for &tid in &touched[..count] {
             let score = std::mem::take(&mut scores[tid as usize]);
             if best.is_none_or(|(_, highest)| score > highest) {
                 best = Some((tid, score));
