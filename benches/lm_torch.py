@@ -4,7 +4,10 @@
 Samples are packed end to end; norms, products and the loss never see padding. Only attention unpacks them into a padded
 batch, where PyTorch's fused causal attention is faster than any mask over the packed row. AdamW is the fused one.
 
-    lm_torch.py SETTINGS.json SAMPLES.json    prints {"tokens_per_s": …, "losses": […]}
+    lm_torch.py SETTINGS.json SAMPLES.json WEIGHTS    prints {"tokens_per_s": …, "losses": […]}
+
+The weights that it begins with are written to WEIGHTS first, as little-endian f32 in the order of a Qwen3's tensors, for the
+other side to begin with the same.
 """
 import json
 import sys
@@ -75,6 +78,12 @@ class Model(torch.nn.Module):
 
 
 model = Model()
+with open(sys.argv[3], "wb") as f:
+    in_order = [model.embed.weight]
+    for l in model.layers:
+        in_order += [l.n1.weight, l.qkv.weight, l.o.weight, l.qn.weight, l.kn.weight, l.n2.weight, l.gate_up.weight, l.down.weight]
+    for p in in_order + [model.norm.weight]:
+        f.write(p.detach().numpy().astype("<f4").tobytes())
 matrices = [p for p in model.parameters() if p.dim() > 1]
 vectors = [p for p in model.parameters() if p.dim() == 1]
 optimizer = torch.optim.AdamW(

@@ -1,12 +1,12 @@
 //! The other side of `benches/lm_torch.py`: the same model on the same samples, trained by this crate.
 //!
-//! `lm_speed SETTINGS.json SAMPLES.json` prints `{"tokens_per_s": …, "losses": […]}`.
+//! `lm_speed SETTINGS.json SAMPLES.json WEIGHTS`, which begins with the weights that the other side wrote, prints `{"tokens_per_s": …, "losses": […]}`.
 
 use std::{env, error::Error, fs, time::Instant};
 
 use grlm_nn::{
     qwen3::Config,
-    train::{AdamW, AdamWOptions, Batch, DropoutRates, Model, init},
+    train::{AdamW, AdamWOptions, Batch, DropoutRates, Model},
 };
 use serde::Deserialize;
 
@@ -34,9 +34,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
     }
     let mut arguments = env::args().skip(1);
-    let mut read = || fs::read_to_string(arguments.next().unwrap_or_default());
-    let s: Settings = serde_json::from_str(&read()?)?;
-    let samples: Vec<Vec<u32>> = serde_json::from_str(&read()?)?;
+    let mut read = || fs::read(arguments.next().unwrap_or_default());
+    let s: Settings = serde_json::from_slice(&read()?)?;
+    let samples: Vec<Vec<u32>> = serde_json::from_slice(&read()?)?;
+    let weights = read()?;
+    let weights = weights.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     let config = Config {
         vocab_size: s.vocabulary,
         hidden_size: s.hidden,
@@ -55,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         initializer_range: 0.02,
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(s.threads).build()?;
-    let mut model = Model::new(config.clone(), init::random(&config, 1), 1024);
+    let mut model = Model::new(config, weights, 1024);
     let mut optimizer = AdamW::new(model.trainable_tensors(), AdamWOptions::default());
     let mut gradients = vec![0.0; model.weights.len()];
     let (mut losses, mut spent, mut seen) = (Vec::new(), 0.0, 0);

@@ -57,6 +57,8 @@ fn steps_equal_those_of_torch() {
             },
             schedule: Schedule { peak: o.lr, decay: Decay::Constant, warmup_steps: 0, total_steps: 2, floor: 0.0 },
             dropout: 0.0,
+            averaging: 0.0,
+            unit_embeddings: false,
             seed: 1,
         };
         let corpus = Corpus { sources: vec![Source { samples: samples.clone(), weight: 1.0 }] };

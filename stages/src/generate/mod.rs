@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use grlm_nn::qwen3::Qwen3;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
@@ -229,18 +230,22 @@ struct Work {
     queries: Vec<Query>,
     /// Tokens that all prompts begin with.
     prefix: Vec<u32>,
+    /// The model learned to tell among what the catalogue allows only, and is asked for more.
+    asked_too_much: bool,
 }
 
 impl Work {
     fn read(params: &Params, cx: &StageContext) -> Result<Self, StageError> {
-        let (layout, _) = Layout::open(cx.input("checkpoint")?)?;
+        let (layout, info) = Layout::open(cx.input("checkpoint")?)?;
         let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
         let holdout = read_holdout(params, cx)?;
         let tids = Tids::new(&layout, &id2meta, cx.optional_input("tid2item_id"), &holdout, params.compat)?;
         let room = if params.decoding == Decoding::Free { params.max_new_tokens } else { tids.longest() };
         let queries = queries::build(params, &layout, &id2meta, &tids, &holdout, room)?;
         let prefix = queries::common_prefix(&queries).to_vec();
-        Ok(Self { layout, tids, queries, prefix })
+        let asked_too_much = params.normalize == Normalize::Full
+            && info.trained_from.get("normalize").is_some_and(|learned| *learned == json!(Normalize::Allowed));
+        Ok(Self { layout, tids, queries, prefix, asked_too_much })
     }
 
     fn say(&self, cx: &mut StageContext) {
@@ -250,6 +255,9 @@ impl Work {
             self.tids.sequences().len(),
             self.queries.len()
         ));
+        if self.asked_too_much {
+            cx.warn("the model was trained with `normalize: allowed`; rankings with `normalize: full` will be poor");
+        }
         if self.tids.unwritable > 0 {
             cx.warn(format!(
                 "{} items can never be recommended: the model's vocabulary lacks a word of their TIDs",

@@ -17,10 +17,12 @@ use serde_json::{Map, Value, json};
 use crate::{
     Artifact, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{CheckpointInfo, CurvePoint, Id2Meta, checkpoint::CHECKPOINT_VERSION, jsonl},
+    generate::Normalize,
     lm::Layout,
     threads,
 };
 
+mod catalogue;
 mod data;
 mod llamafactory;
 mod memory;
@@ -31,6 +33,7 @@ mod run;
 mod tests;
 mod validation;
 
+use catalogue::Catalogue;
 pub use params::Params;
 use params::{Backend, Method};
 use run::{Files, Plan};
@@ -110,7 +113,11 @@ impl Stage for Train {
         cx.check_stop()?;
         let validation = validation::build(params, &layout, id2meta.as_ref(), &mut corpus, cx)?;
 
-        let model = begin(params, &layout, base.as_deref(), cx)?;
+        let mut model = begin(params, &layout, base.as_deref(), cx)?;
+        if params.normalize == Normalize::Allowed {
+            let catalogue = Catalogue::new(params, &layout, id2meta.as_ref())?;
+            model.choose_among(catalogue.trie_for_losses(&layout, &corpus)?);
+        }
         let recall = match params.validation.recall {
             true => Some(recall::Recall::new(params, &layout, id2meta.as_ref(), cx)?),
             false => None,
@@ -199,6 +206,7 @@ fn facts<'a>(
     facts.insert("steps".into(), progress.step.into());
     facts.insert("epochs".into(), json!(session.epoch()));
     facts.insert("seed".into(), params.seed.into());
+    facts.insert("normalize".into(), json!(params.normalize));
     if let Some(point) = progress.points.last() {
         facts.insert("loss".into(), json!(point.loss));
     }

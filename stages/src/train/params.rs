@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::llamafactory;
-use crate::{Compat, ParamIssue, artifact::ChatTemplate, hub::ModelName};
+use crate::{Compat, ParamIssue, artifact::ChatTemplate, generate::Normalize, hub::ModelName};
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -358,6 +358,15 @@ pub struct Params {
     pub clip: f64,
     /// Dropout of embeddings and residual branches.
     pub dropout: f32,
+    /// Among what a word's loss is taken. `allowed` needs `id2meta` and a compact SFT file; rank with the same
+    /// `normalize` in `generate`.
+    pub normalize: Normalize,
+    /// From scratch: keeps every embedding at length 1, so that a tied head scores words by cosine, as `sasrec` scores
+    /// items. Frequent words are then not favoured for their length.
+    pub unit_embeddings: bool,
+    /// How much of the past an exponential moving average of the weights keeps at each step; the average is what is
+    /// validated and saved. 0 turns it off.
+    pub averaging: f32,
     /// Compute layers again in the backward pass in place of keeping them: less memory, about a third more work.
     pub gradient_checkpointing: bool,
     /// What is looked at beside the training loss.
@@ -402,6 +411,9 @@ impl Default for Params {
             epsilon: optimizer.epsilon,
             clip: optimizer.clip,
             dropout: 0.0,
+            normalize: Normalize::Full,
+            unit_embeddings: false,
+            averaging: 0.0,
             gradient_checkpointing: false,
             validation: Validation::default(),
             save_every: 200,
@@ -526,6 +538,7 @@ impl Params {
         refuse(!(self.lora.alpha > 0.0 && self.lora.alpha.is_finite()), "lora.alpha", "must be greater than 0");
         for (path, value) in [
             ("dropout", f64::from(self.dropout)),
+            ("averaging", f64::from(self.averaging)),
             ("lora.dropout", f64::from(self.lora.dropout)),
             ("validation.share", self.validation.share),
             ("beta1", self.beta1),
@@ -548,6 +561,12 @@ impl Params {
         let template = self.template.fixed().unwrap_or(ChatTemplate::None);
         refuse(words && template != ChatTemplate::None, "template", "`tokens: words` has no template");
         let new = self.method == Method::Scratch;
+        refuse(self.unit_embeddings && !new, "unit_embeddings", "is for models from scratch");
+        refuse(
+            self.normalize == Normalize::Allowed && self.train_on_prompt,
+            "train_on_prompt",
+            "under `normalize: allowed` only TIDs are learned",
+        );
         refuse(new && self.model.is_some(), "model", "`method: scratch` starts from nothing");
         if let Some(problem) = self.model.as_ref().and_then(|name| ModelName::parse(name).err()) {
             refuse(true, "model", &problem);

@@ -9,10 +9,9 @@ use grlm_nn::{
     qwen3::Qwen3,
     train::{Model, Stored, export},
 };
-use rustc_hash::FxHashMap;
 
 use super::{params::Params, validation::User};
-use crate::{StageContext, StageError, artifact::Id2Meta, lm::Layout};
+use crate::{StageContext, StageError, artifact::Id2Meta, generate, lm::Layout};
 
 /// The rank that counts.
 const AT: usize = 10;
@@ -23,6 +22,7 @@ pub struct Recall {
     /// Items of each entry of the trie, in the catalogue's order.
     items: Vec<Vec<usize>>,
     beams: usize,
+    normalize: Normalize,
     folder: PathBuf,
 }
 
@@ -35,21 +35,15 @@ impl Recall {
         id2meta: Option<&Id2Meta>,
         cx: &StageContext,
     ) -> Result<Self, StageError> {
-        let records = id2meta.map(Id2Meta::records).unwrap_or_default();
-        let mut entry_of: FxHashMap<Vec<u32>, usize> = FxHashMap::default();
-        let (mut tids, mut items) = (Vec::new(), Vec::<Vec<usize>>::new());
-        for (item, record) in records.iter().enumerate().filter(|(_, r)| r.has_valid_tid()) {
-            let Some(tid) = layout.tid(record, params.compat)? else { continue };
-            let entry = *entry_of.entry(tid).or_insert_with_key(|tid| {
-                tids.push(tid.clone());
-                items.push(Vec::new());
-                items.len() - 1
-            });
-            items[entry].push(item);
-        }
+        let catalogue = super::catalogue::Catalogue::new(params, layout, id2meta)?;
         let folder = cx.scratch().join("validation_model");
         std::fs::create_dir_all(&folder).map_err(|e| StageError::io("create", &folder, e))?;
-        Ok(Self { trie: Trie::new(&tids)?, items, beams: params.validation.beams, folder })
+        let normalize = match params.normalize {
+            generate::Normalize::Full => Normalize::Full,
+            generate::Normalize::Allowed => Normalize::Allowed,
+        };
+        let trie = catalogue.trie()?;
+        Ok(Self { trie, items: catalogue.items, beams: params.validation.beams, normalize, folder })
     }
 
     /// The share of users whose held-out item is among the first ten. Items of one TID are listed in the catalogue's
@@ -61,7 +55,7 @@ impl Recall {
         export::write(&self.folder, model.config(), &model.merged(), Stored::F32)?;
         let engine = Qwen3::load(&self.folder)?;
         let catalogue =
-            Catalogue { trie: &self.trie, beams: self.beams, normalize: Normalize::Full, length_penalty: 0.0 };
+            Catalogue { trie: &self.trie, beams: self.beams, normalize: self.normalize, length_penalty: 0.0 };
         let asked: Vec<Asked> = users.iter().map(|u| Asked { tokens: &u.prompt, left_out: &[] }).collect();
         let found = pool.install(|| {
             let generator = Generator::new(&engine, pool.current_num_threads());

@@ -43,6 +43,8 @@ impl Plan {
                 floor: params.lr_floor,
             },
             dropout: params.dropout,
+            averaging: params.averaging,
+            unit_embeddings: params.unit_embeddings,
             seed: params.seed,
         }
     }
@@ -105,7 +107,7 @@ pub fn run(
         if stepped.step.is_multiple_of(plan.validate_every) || session.is_finished() {
             let speed = tokens as f64 / busy.as_secs_f64().max(1e-9);
             (tokens, busy) = (0, Duration::ZERO);
-            look(session, validation, recall, speed, files, &pool, cx)?;
+            session.with_average(|session| look(session, validation, recall, speed, files, &pool, cx))?;
         }
         if stepped.step.is_multiple_of(params.save_every) && !session.is_finished() {
             session.save(&files.checkpoint)?;
@@ -116,6 +118,7 @@ pub fn run(
         }
     }
     cx.progress(session.progress.step, plan.steps, "step");
+    session.settle();
     if let Some(best) = session.progress.best {
         session.restore_best(&files.best)?;
         cx.info(format!("the model of step {} is the best on validation", best.step));

@@ -100,6 +100,27 @@ const HISTORIES: [&[usize]; 4] = [&[3, 4, 5], &[9, 10], &[0, 1, 2, 3, 4], &[10, 
 const NEXT: [usize; 4] = [6, 11, 5, 0];
 
 #[test]
+fn a_model_that_only_tells_what_the_catalogue_allows_apart_learns_it_too() {
+    let rec = builder("compact");
+    let settings = json!({
+        "normalize": "allowed", "unit_embeddings": true, "averaging": 0.9, "validation": {"recall": true, "every": 50},
+    });
+    let ran = bench(&rec).input_path("holdout", rec.path("holdout")).run("train", small(settings.clone())).unwrap();
+    let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
+    assert_eq!(info.trained_from["normalize"], "allowed");
+    assert!(info.trained_from["valid_recall@10"].as_f64() > Some(0.99));
+    assert!(info.trained_from["valid_loss"].as_f64().unwrap() < 0.3);
+
+    let without = Bench::new().input_path("sft", rec.path("sft"));
+    assert!(
+        without.run("train", small(json!({"normalize": "allowed"}))).unwrap_err().to_string().contains("catalogue")
+    );
+    let text = builder("text");
+    let refused = bench(&text).run("train", small(json!({"normalize": "allowed"}))).unwrap_err().to_string();
+    assert!(refused.contains("one token a word"), "{refused}");
+}
+
+#[test]
 fn a_compact_model_from_scratch_learns_the_next_item() {
     let rec = builder("compact");
     let ran = bench(&rec).input_path("holdout", rec.path("holdout")).run("train", small(json!({}))).unwrap();

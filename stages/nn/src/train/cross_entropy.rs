@@ -65,7 +65,7 @@ pub fn cross_entropy(
 
 /// The loss of one row of logits, which become its gradient if `scale` is given.
 #[inline(always)]
-fn row_loss(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
+pub fn row_loss(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
     let at_target = row[target];
     let top = max(row);
     let sum = exp_sum(row, top);

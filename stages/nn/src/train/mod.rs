@@ -5,6 +5,7 @@
 //! padding. Results do not depend on the number of threads.
 
 pub mod adamw;
+pub mod allowed;
 mod attention;
 mod blocks;
 mod cross_entropy;

@@ -7,17 +7,20 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use super::{
+    allowed::cross_entropy_allowed,
     attention::Heads,
     blocks::{Rotary, apply_dropout, rms_norm, rms_norm_grad},
     cross_entropy::{self, cross_entropy},
-    kernels::Dropout,
+    kernels::{Dropout, dot},
     layer::{Adapted, Layer, Scratch, Sink, Tape, size},
     layout::{LayerRanges, Layout, Tensor},
     lora::{self, Adapters, LoraOptions},
     matrix::{Threads, matmul, view},
 };
-use crate::qwen3::Config;
+use crate::{generate::Trie, qwen3::Config};
 
 /// Samples laid end to end. Attention never crosses from one to the next, and positions restart at each.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -88,6 +91,7 @@ pub struct Model {
     pub weights: Vec<f32>,
     adapters: Option<Adapters>,
     recompute: bool,
+    allowed: Option<Trie>,
     work: Workspace,
 }
 
@@ -119,13 +123,34 @@ impl Model {
         let heads = Heads { kv: config.kv_heads, group: config.group(), dim: config.head_dim };
         let rotary = Rotary::new(context, config.head_dim, config.rope_theta);
         let work = Workspace::default();
-        Self { config, layout, heads, rotary, weights, adapters: None, recompute: false, work }
+        Self { config, layout, heads, rotary, weights, adapters: None, recompute: false, allowed: None, work }
     }
 
     /// Keeps only each layer's input for the backward pass, and computes the rest again there: about a third more
     /// work, and the same gradients to the bit.
     pub fn recompute(&mut self, recompute: bool) {
         self.recompute = recompute;
+    }
+
+    /// Takes losses among what this trie allows: learned tokens are its entries, one after another.
+    pub fn choose_among(&mut self, trie: Trie) {
+        self.allowed = Some(trie);
+    }
+
+    /// Entries of the trie that losses are taken among.
+    pub fn entries_allowed(&self) -> Option<usize> {
+        self.allowed.as_ref().map(Trie::entries)
+    }
+
+    /// Brings every embedding to length 1. Those of length 0 stay.
+    pub fn normalize_embeddings(&mut self) {
+        let width = self.config.hidden_size;
+        self.weights[self.layout.embedding.clone()].par_chunks_exact_mut(width).with_min_len(64).for_each(|row| {
+            let length = dot(row, row).sqrt();
+            if length > 0.0 {
+                row.iter_mut().for_each(|x| *x /= length);
+            }
+        });
     }
 
     /// Freezes the weights and puts adapters beside them.
@@ -176,9 +201,7 @@ impl Model {
     pub fn loss(&mut self, batch: &Batch) -> f64 {
         self.forward(batch, Mode { rates: None });
         self.select(batch);
-        let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
-        let head = &self.weights[self.layout.head.clone()];
-        cross_entropy(&self.work.selected, head, self.config.hidden_size, &targets, &mut self.work.logits, None)
+        self.head_loss(batch, None)
     }
 
     /// The sum of the losses of all targets; adds `scale` times its gradient with respect to what is trained to
@@ -197,24 +220,27 @@ impl Model {
         };
         self.forward(batch, mode);
         self.select(batch);
-        let h = self.config.hidden_size;
-        let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
-        let work = &mut self.work;
-        size(&mut work.d_selected, targets.len() * h);
-        let loss = cross_entropy(
-            &work.selected,
-            &self.weights[self.layout.head.clone()],
-            h,
-            &targets,
-            &mut work.logits,
-            Some(cross_entropy::Gradients {
-                d_hidden: &mut work.d_selected,
-                d_head: sink.weights(self.layout.head.clone()),
-                scale,
-            }),
-        );
+        let mut d_selected = std::mem::take(&mut self.work.d_selected);
+        size(&mut d_selected, batch.targets.len() * self.config.hidden_size);
+        let head = sink.weights(self.layout.head.clone());
+        let wanted = cross_entropy::Gradients { d_hidden: &mut d_selected, d_head: head, scale };
+        let loss = self.head_loss(batch, Some(wanted));
+        self.work.d_selected = d_selected;
         self.backward(batch, mode, &mut sink);
         loss
+    }
+
+    /// The head and its loss, from `work.selected`.
+    fn head_loss(&mut self, batch: &Batch, gradients: Option<cross_entropy::Gradients<'_>>) -> f64 {
+        let (h, head) = (self.config.hidden_size, &self.weights[self.layout.head.clone()]);
+        let work = &mut self.work;
+        match &self.allowed {
+            Some(trie) => cross_entropy_allowed(trie, batch, &work.selected, head, h, &mut work.logits, gradients),
+            None => {
+                let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
+                cross_entropy(&work.selected, head, h, &targets, &mut work.logits, gradients)
+            }
+        }
     }
 
     /// The logits at every place, `[tokens, vocabulary]`.

@@ -5,6 +5,7 @@
 
 use std::{fs, path::Path};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -27,6 +28,12 @@ pub struct Settings {
     pub schedule: Schedule,
     /// Dropout of embeddings and residual branches.
     pub dropout: f32,
+    /// Share of the past that an exponential moving average of what is trained keeps at each step, once it is ten times
+    /// as long as that; the average is what is validated, kept, and results. 0 turns it off.
+    pub averaging: f32,
+    /// Brings every embedding to length 1 after each step. A tied head then scores tokens by cosine, times the length of
+    /// the hidden state, which the final norm's weights learn.
+    pub unit_embeddings: bool,
     pub seed: u64,
 }
 
@@ -85,6 +92,8 @@ pub struct Session {
     model: Model,
     optimizer: AdamW,
     gradients: Vec<f32>,
+    /// The moving average, where there is one.
+    average: Option<Vec<f32>>,
     corpus: Corpus,
     settings: Settings,
     order: Option<(u64, Vec<Place>)>,
@@ -105,10 +114,14 @@ struct State {
 const STATE: &str = "state";
 
 impl Session {
-    pub fn new(model: Model, corpus: Corpus, settings: Settings) -> Self {
+    pub fn new(mut model: Model, corpus: Corpus, settings: Settings) -> Self {
+        if settings.unit_embeddings {
+            model.normalize_embeddings();
+        }
+        let average = (settings.averaging > 0.0).then(|| model.trainable().to_vec());
         let optimizer = AdamW::new(model.trainable_tensors(), settings.optimizer);
         let gradients = vec![0.0; model.trainable().len()];
-        Self { model, optimizer, gradients, corpus, settings, order: None, progress: Progress::default() }
+        Self { model, optimizer, gradients, average, corpus, settings, order: None, progress: Progress::default() }
     }
 
     pub fn model(&mut self) -> &mut Model {
@@ -164,7 +177,18 @@ impl Session {
             ))
             .help("a lower learning rate or a longer warm-up helps most often; so does a lower `clip`"));
         }
+        if s.unit_embeddings {
+            self.model.normalize_embeddings();
+        }
         self.progress.step = number;
+        if let Some(average) = &mut self.average {
+            // The share rises in the beginning, so that the first weights, which are random, are soon forgotten.
+            let keep = self.settings.averaging.min((1.0 + number as f32) / (10.0 + number as f32));
+            let pairs = average.par_chunks_mut(1 << 14).zip(self.model.trainable().par_chunks(1 << 14));
+            pairs.for_each(|(average, now)| {
+                average.iter_mut().zip(now).for_each(|(a, w)| *a += (1.0 - keep) * (w - *a))
+            });
+        }
         self.progress.samples += places.len() as u64;
         self.progress.targets += targets as u64;
         self.progress.loss += loss;
@@ -189,6 +213,28 @@ impl Session {
             at += take as u64;
         }
         places
+    }
+
+    /// Calls `look` while the model has the averaged weights, where there are any.
+    pub fn with_average<R>(&mut self, look: impl FnOnce(&mut Self) -> R) -> R {
+        self.swap_average();
+        let result = look(self);
+        self.swap_average();
+        result
+    }
+
+    /// Puts the averaged weights in the place of the last ones, and the other way round.
+    fn swap_average(&mut self) {
+        if let Some(average) = &mut self.average {
+            self.model.trainable_mut().swap_with_slice(average);
+        }
+    }
+
+    /// Ends the run with the averaged weights, where there are any.
+    pub fn settle(&mut self) {
+        if let Some(average) = self.average.take() {
+            self.model.trainable_mut().copy_from_slice(&average);
+        }
     }
 
     /// The mean loss of the learned tokens of these samples, without dropout.
@@ -245,9 +291,10 @@ impl Session {
         let tokens: usize = self.corpus.samples().map(|s| s.tokens.len()).sum();
         let weights: Vec<f64> = self.corpus.sources.iter().map(|s| s.weight).collect();
         Fingerprint(format!(
-            "{:?} {:?} {} trainable, {} samples, {tokens} tokens, weights {weights:?}",
+            "{:?} {:?} {:?} {} trainable, {} samples, {tokens} tokens, weights {weights:?}",
             self.model.config(),
             self.settings,
+            self.model.entries_allowed(),
             self.gradients.len(),
             self.corpus.samples().count(),
         ))
@@ -265,11 +312,12 @@ impl Session {
         };
         let state = serde_json::to_string(&state).map_err(|e| Error::model(path, e.to_string()))?;
         let shape = [self.gradients.len()];
-        let arrays = [
+        let mut arrays = vec![
             Named::flat("trainable", self.model.trainable(), &shape),
             Named::flat("first", &self.optimizer.first, &shape),
             Named::flat("second", &self.optimizer.second, &shape),
         ];
+        arrays.extend(self.average.as_ref().map(|average| Named::flat("average", average, &shape)));
         store::write(path, &arrays, &[(STATE, &state)], Stored::F32)
     }
 
@@ -291,6 +339,9 @@ impl Session {
         reader.read(path, "first", &mut self.optimizer.first)?;
         reader.read(path, "second", &mut self.optimizer.second)?;
         reader.read(path, "trainable", self.model.trainable_mut())?;
+        if let Some(average) = &mut self.average {
+            reader.read(path, "average", average)?;
+        }
         self.optimizer.steps = state.optimizer_steps;
         self.progress = state.progress;
         Ok(true)
@@ -349,6 +400,8 @@ mod tests {
             optimizer: AdamWOptions::default(),
             schedule: Schedule { peak, decay: Decay::Cosine, warmup_steps: 5, total_steps, floor: 0.0 },
             dropout: 0.1,
+            averaging: 0.8,
+            unit_embeddings: !lora,
             seed: 7,
         };
         let mut model = Model::new(config(), init::random(&config(), 1), 32);
@@ -371,8 +424,15 @@ mod tests {
         let samples: Vec<Sample> = session.corpus().samples().cloned().collect();
         let before = session.validate(&samples);
         run(&mut session);
+        let last = session.validate(&samples);
+        session.settle();
         let after = session.validate(&samples);
-        assert!(before > 3.0 && after < 0.2, "{before} {after}");
+        assert!(before > 3.0 && after < 0.2 && last < 0.2 && last != after, "{before} {after} {last}");
+        let embedding = session.model.layout().embedding.clone();
+        for row in session.model.weights[embedding].chunks_exact(16) {
+            let length: f32 = row.iter().map(|x| x * x).sum();
+            assert!((0.5..1.01).contains(&length), "an average of unit vectors: {length}");
+        }
         let point = session.mark(Some(after), None, None);
         assert!(point.loss.unwrap() > after && point.step == 150 && (point.epoch - 150.0 * 16.0 / 85.0).abs() < 1e-9);
     }
@@ -408,6 +468,7 @@ mod tests {
             assert_eq!(last.progress, whole.progress);
             assert_eq!(last.model.trainable(), whole.model.trainable());
             assert_eq!(last.model.merged(), whole.model.merged());
+            assert_eq!(last.average, whole.average);
             last.restore_best(&best).unwrap();
             assert!((last.validate(&samples) + last.progress.best.unwrap().value).abs() < 1e-12);
         }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::super::params::{Backend, DecayKind, Deepspeed, Method, Params, Precision, SavedType, TokensChoice};
-use crate::{ParamIssue, artifact::ChatTemplate};
+use crate::{ParamIssue, artifact::ChatTemplate, generate::Normalize};
 
 /// Files of a run, as LlamaFactory is told of them.
 pub struct Places<'a> {
@@ -38,6 +38,8 @@ pub fn check(params: &Params) -> Vec<ParamIssue> {
     let native = "use `backend: grlm`";
     refuse(params.method == Method::Scratch, "method", "LlamaFactory only trains a model that there is", native);
     refuse(params.dropout > 0.0, "dropout", "LlamaFactory has no dropout of residual branches", native);
+    refuse(params.averaging > 0.0, "averaging", "LlamaFactory keeps no average of the weights", native);
+    refuse(params.normalize == Normalize::Allowed, "normalize", "LlamaFactory's loss is over all tokens", native);
     refuse(params.tokens == TokensChoice::Words, "tokens", "LlamaFactory uses the model's own tokens", native);
     refuse(
         params.template.fixed() == Some(ChatTemplate::None),
