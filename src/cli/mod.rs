@@ -82,6 +82,9 @@ pub fn main() -> ExitCode {
     }
     start_tracing();
     let cli = Cli::parse();
+    if !matches!(cli.verb, Verb::Run(_) | Verb::Sweep(_)) {
+        end_at_a_closed_pipe();
+    }
     match dispatch(cli) {
         Ok(code) => code.into(),
         Err(error) => {
@@ -89,6 +92,13 @@ pub fn main() -> ExitCode {
             error.code.into()
         }
     }
+}
+
+/// Lets the system end this process when nobody reads its output any more (`grlm stages | head`), as it ends other tools.
+/// Not for verbs that start stages: they write to pipes of their own, whose other end may well close.
+fn end_at_a_closed_pipe() {
+    // SAFETY: installs the default action; no handler of ours is involved, and no other thread runs yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 /// `grlm __worker FOLDER [--parent PID]`: not for users, and ahead of the parser because every attempt pays for it.

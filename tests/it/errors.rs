@@ -158,3 +158,14 @@ fn a_read_only_store_serves_what_it_has_and_refuses_the_rest() {
         fs::set_permissions(env.path(".grlm"), fs::Permissions::from_mode(0o755)).unwrap();
     }
 }
+
+#[test]
+fn output_that_nobody_reads_ends_the_program_without_a_panic() {
+    use std::os::unix::process::ExitStatusExt;
+    let env = three();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = env.command(&["stages", "train"]).stdout(writer).output().unwrap();
+    assert_eq!(output.status.signal(), Some(libc::SIGPIPE), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stderr.is_empty());
+}
