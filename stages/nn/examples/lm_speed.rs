@@ -1,6 +1,7 @@
 //! The other side of `benches/lm_torch.py`: the same model on the same samples, trained by this crate.
 //!
-//! `lm_speed SETTINGS.json SAMPLES.json WEIGHTS`, which begins with the weights that the other side wrote, prints `{"tokens_per_s": …, "losses": […]}`.
+//! `lm_speed SETTINGS.json SAMPLES.json WEIGHTS` begins with the weights that the other side wrote, and prints
+//! `{"tokens_per_s": …, "losses": […]}`.
 
 use std::{env, error::Error, fs, time::Instant};
 

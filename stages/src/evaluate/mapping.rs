@@ -140,10 +140,7 @@ impl TextMapper {
     fn best_tid(&self, query: &str, memory: &mut Memory) -> Option<TidIndex> {
         let Memory { matches, scores, touched, .. } = memory;
         scores.resize(self.items.len(), 0.0);
-        // One place more than there are TIDs: the loop below writes each TID behind the last one that counts, and lets it
-        // count if it was not touched before, since a branch would be guessed wrong half the time.
-        touched.resize(self.items.len() + 1, 0);
-        let mut count = 0;
+        touched.clear();
         for (place, word) in query.split(", ").enumerate() {
             let weight = 1.0 / (place + 1) as f64;
             if !matches.contains_key(word) {
@@ -154,14 +151,15 @@ impl TextMapper {
                 let index = index as usize;
                 for &tid in &self.postings[self.starts[index]..self.starts[index + 1]] {
                     let sum = &mut scores[tid as usize];
-                    touched[count] = tid;
-                    count += usize::from(*sum == 0.0);
+                    if *sum == 0.0 {
+                        touched.push(tid);
+                    }
                     *sum += score;
                 }
             }
         }
         let mut best: Option<(TidIndex, f64)> = None;
-        for &tid in &touched[..count] {
+        for &tid in touched.iter() {
             let score = std::mem::take(&mut scores[tid as usize]);
             if best.is_none_or(|(_, highest)| score > highest) {
                 best = Some((tid, score));
