@@ -24,7 +24,7 @@ mod sweep;
 mod variants;
 mod verify;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -88,7 +88,7 @@ pub fn main() -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code.into(),
         Err(error) => {
-            eprintln!("{:?}", error.report);
+            let _ = writeln!(std::io::stderr(), "{:?}", error.report);
             error.code.into()
         }
     }

@@ -1,7 +1,7 @@
 //! `grlm run`: brings a pipeline up to date.
 
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Write},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -155,7 +155,8 @@ pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request
 fn announce_size(store: &Store) {
     let (size, (limit, _)) = (store.size(), store.limit());
     if size > limit {
-        eprintln!(
+        let _ = writeln!(
+            std::io::stderr(),
             "the store holds {}, more than its limit of {}: `grlm gc` removes what was not used for longest, `grlm gc --limit SIZE` changes the limit",
             human_bytes(size),
             human_bytes(limit)
@@ -193,10 +194,13 @@ fn show_metrics(found: &[(String, String, PathBuf)], folders: &[PathBuf]) {
             rows.push(Row { variant: variant.clone(), stage: stage.clone(), model, figures });
         }
     }
+    let mut text = String::new();
     if !rows.is_empty() {
-        println!("{}\n", metrics::table(&rows, false));
+        text = format!("{}\n\n", metrics::table(&rows, false));
     }
     for folder in folders {
-        println!("results: {}", folder.display());
+        text.push_str(&format!("results: {}\n", folder.display()));
     }
+    // The run has succeeded, whether or not anybody reads this (`grlm run … | head -1`).
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }

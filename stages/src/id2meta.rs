@@ -36,8 +36,10 @@ impl Stage for BuildId2Meta {
         let mut id2meta = Id2Meta::default();
         let (mut replaced, mut invalid) = (0u64, 0u64);
         for mut record in tids::read(cx.input("tids")?)? {
-            let words: Vec<String> = record.words().map(hyphenate).collect();
-            record.set_words(words);
+            if record.words().any(|word| word.contains(text::is_python_space)) {
+                let words: Vec<String> = record.words().map(hyphenate).collect();
+                record.set_words(words);
+            }
             invalid += u64::from(!record.has_valid_tid());
             replaced += u64::from(id2meta.insert(record).is_some());
         }

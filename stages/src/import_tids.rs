@@ -59,7 +59,7 @@ impl Stage for ImportTids {
             cx.warn(note);
         }
         cx.info(format!("{} TIDs", records.len()));
-        tids::write(cx.output("tids")?, records.iter().map(TidRecord::fields))
+        tids::write(cx.output("tids")?, &records)
     }
 }
 
@@ -81,8 +81,8 @@ fn read(path: &Path) -> Result<Vec<TidRecord>, StageError> {
     let record = |(id, entry): (String, Value)| {
         let id = items::id_from(&Value::String(id))?;
         match entry {
-            Value::Array(words) => TidRecord::new(id.clone(), fields(id.as_str(), words)),
-            Value::Object(fields) => TidRecord::new(id, fields),
+            Value::Array(words) => TidRecord::new(id.clone(), fields(id.as_str(), words).into()),
+            Value::Object(fields) => TidRecord::new(id, fields.into()),
             other => Err(format!("the TID of item `{id}` is {other}, not a list of words")),
         }
     };
@@ -113,13 +113,13 @@ fn add_fields(imported: &Id2Meta, catalogue: &[Item]) -> (Vec<TidRecord>, Vec<St
         let mut fields = Map::new();
         fields.insert("id".into(), json!(record.id()));
         fields.extend(item.fields.iter().map(|(k, v)| (k.clone(), v.clone())));
-        for (name, value) in record.fields() {
+        for (name, value) in record.fields().iter() {
             if record.text(name).is_some() || !fields.contains_key(name) {
-                fields.insert(name.clone(), value.clone());
+                fields.insert(name.to_owned(), value.to_value());
             }
         }
         // The words are the record's, which has been checked.
-        records.extend(TidRecord::new(record.id().clone(), fields));
+        records.extend(TidRecord::new(record.id().clone(), fields.into()));
     }
     let with_tid = records.len() - without_item;
     let mut notes = Vec::new();

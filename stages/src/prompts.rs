@@ -124,7 +124,7 @@ pub fn placeholders(template: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Text before the next placeholder, its name, text after it.
-fn next_placeholder(text: &str) -> Option<(&str, &str, &str)> {
+pub fn next_placeholder(text: &str) -> Option<(&str, &str, &str)> {
     for (open, _) in text.match_indices('{') {
         let inner = &text[open + 1..];
         let end =

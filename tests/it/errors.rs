@@ -169,3 +169,17 @@ fn output_that_nobody_reads_ends_the_program_without_a_panic() {
     assert_eq!(output.status.signal(), Some(libc::SIGPIPE), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.stderr.is_empty());
 }
+
+/// A run goes on, and succeeds, when nobody reads what it says.
+#[test]
+fn a_run_into_closed_pipes_does_all_its_work() {
+    let env = three();
+    for arguments in [&["run", "three.yaml"][..], &["sweep", "three.yaml"], &["run", "three.yaml"]] {
+        let closed = || std::io::pipe().unwrap().1;
+        let status = env.command(arguments).stdout(closed()).stderr(closed()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{arguments:?}");
+        assert_eq!(env.read("out/three/count/count.txt"), "6\n");
+    }
+    let refused = env.command(&["run", "none.yaml"]).stderr(std::io::pipe().unwrap().1).status().unwrap();
+    assert_eq!(refused.code(), Some(3), "the same code as with a reader");
+}

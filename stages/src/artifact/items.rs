@@ -42,7 +42,7 @@ impl Item {
 
     /// A field as text: a string trimmed, a list (of lists) joined by spaces; `None` if missing or blank.
     pub fn text(&self, field: &str) -> Option<Cow<'_, str>> {
-        field_text(&self.fields, field)
+        self.fields.get(field).and_then(value_text)
     }
 
     /// A field as an f-string of the published scripts shows it: lists as Python literals, white space kept. `None`
@@ -75,20 +75,27 @@ impl Item {
 /// # Errors
 /// What is wrong with it, in words.
 pub fn id_from(value: &Value) -> Result<ItemId, String> {
-    let id = match value {
-        Value::String(id) => id.clone(),
-        Value::Number(id) if !id.is_f64() => id.to_string(),
-        other => return Err(format!("the id {other} is neither a string nor a whole number")),
-    };
+    match value {
+        Value::String(id) => checked_id(id),
+        Value::Number(id) if !id.is_f64() => checked_id(&id.to_string()),
+        other => Err(format!("the id {other} is neither a string nor a whole number")),
+    }
+}
+
+/// As [`id_from`], for an id that is a string.
+///
+/// # Errors
+/// It is empty or holds white space.
+pub fn checked_id(id: &str) -> Result<ItemId, String> {
     if id.is_empty() || id.contains(text::is_python_space) {
         return Err(format!("the id {id:?} is empty or holds white space, and could not stand in a sequence"));
     }
-    Ok(ItemId(id))
+    Ok(ItemId(id.to_owned()))
 }
 
-/// A field as text, see [`Item::text`].
-pub fn field_text<'a>(fields: &'a Map<String, Value>, field: &str) -> Option<Cow<'a, str>> {
-    let text = match fields.get(field)? {
+/// A field's value as text, see [`Item::text`].
+pub fn value_text(value: &Value) -> Option<Cow<'_, str>> {
+    let text = match value {
         Value::String(text) => Cow::Borrowed(text.trim()),
         Value::Null => return None,
         other => {

@@ -52,6 +52,7 @@ pub fn lines<T: DeserializeOwned>(
 pub struct Writer {
     path: PathBuf,
     out: BufWriter<File>,
+    line: Vec<u8>,
 }
 
 impl Writer {
@@ -59,15 +60,19 @@ impl Writer {
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self, StageError> {
         let file = File::create(path).map_err(|e| StageError::io("create", path, e))?;
-        Ok(Self { path: path.to_owned(), out: BufWriter::with_capacity(1 << 16, file) })
+        Ok(Self { path: path.to_owned(), out: BufWriter::with_capacity(1 << 16, file), line: Vec::new() })
     }
 
     /// # Errors
     /// The disk is full, or the like.
     pub fn write<T: Serialize>(&mut self, record: &T) -> Result<(), StageError> {
-        serde_json::to_writer(&mut self.out, record)
+        self.line.clear();
+        serde_json::to_writer(&mut self.line, record)
             .map_err(std::io::Error::from)
-            .and_then(|()| self.out.write_all(b"\n"))
+            .and_then(|()| {
+                self.line.push(b'\n');
+                self.out.write_all(&self.line)
+            })
             .map_err(|e| StageError::io("write", &self.path, e))
     }
 

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 mod check;
 pub mod checkpoint;
+pub mod fields;
 pub mod items;
 pub mod jsonl;
 pub mod neighbors;
@@ -35,6 +36,7 @@ pub mod tids;
 
 pub use check::check;
 pub use checkpoint::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind};
+pub use fields::Fields;
 pub use items::Item;
 pub use records::{CurvePoint, Holdout, ItemId, Neighbor, Neighbors, PerUser, Ranking, Split, UserId};
 pub use sequences::Sequence;

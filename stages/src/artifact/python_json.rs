@@ -19,9 +19,15 @@ pub fn write_string(out: &mut Vec<u8>, text: &str) {
 /// Appends `text` as it stands between the quotes of a JSON string; lets a string be put together from parts.
 pub fn write_escaped(out: &mut Vec<u8>, text: &str) {
     let bytes = text.as_bytes();
+    let special = |byte: u8| byte < 0x20 || byte == b'"' || byte == b'\\';
+    // Most texts have nothing to escape, which is told faster for all bytes at once than one by one.
+    if !bytes.iter().fold(false, |found, &byte| found | special(byte)) {
+        out.extend_from_slice(bytes);
+        return;
+    }
     let mut start = 0;
     for (i, &byte) in bytes.iter().enumerate() {
-        if byte >= 0x20 && byte != b'"' && byte != b'\\' {
+        if !special(byte) {
             continue;
         }
         out.extend_from_slice(&bytes[start..i]);
@@ -49,19 +55,7 @@ pub fn write_break(out: &mut Vec<u8>, level: usize) {
 /// Appends `value` over several lines, as it stands at nesting `level` of a document (0 for the document itself).
 pub fn write_pretty(out: &mut Vec<u8>, value: &Value, level: usize) {
     match value {
-        Value::Array(items) if items.is_empty() => out.extend_from_slice(b"[]"),
-        Value::Array(items) => {
-            out.push(b'[');
-            for (i, item) in items.iter().enumerate() {
-                if i > 0 {
-                    out.push(b',');
-                }
-                write_break(out, level + 1);
-                write_pretty(out, item, level + 1);
-            }
-            write_break(out, level);
-            out.push(b']');
-        }
+        Value::Array(items) => write_pretty_list(out, items, level, write_pretty),
         Value::Object(fields) => write_object(out, fields, level),
         scalar => write_scalar(out, scalar),
     }
@@ -69,69 +63,103 @@ pub fn write_pretty(out: &mut Vec<u8>, value: &Value, level: usize) {
 
 /// As [`write_pretty`], for an object.
 pub fn write_object(out: &mut Vec<u8>, fields: &Map<String, Value>, level: usize) {
-    if fields.is_empty() {
-        out.extend_from_slice(b"{}");
-        return;
-    }
-    out.push(b'{');
-    for (i, (name, field)) in fields.iter().enumerate() {
-        if i > 0 {
+    write_pretty_fields(out, fields, level, write_pretty);
+}
+
+/// Appends an array over several lines, each item by `write`, which is told the item's level.
+pub fn write_pretty_list<T>(
+    out: &mut Vec<u8>,
+    items: impl IntoIterator<Item = T>,
+    level: usize,
+    mut write: impl FnMut(&mut Vec<u8>, T, usize),
+) {
+    out.push(b'[');
+    let mut empty = true;
+    for item in items {
+        if !std::mem::take(&mut empty) {
             out.push(b',');
         }
         write_break(out, level + 1);
-        write_string(out, name);
-        out.extend_from_slice(b": ");
-        write_pretty(out, field, level + 1);
+        write(out, item, level + 1);
     }
-    write_break(out, level);
+    if !empty {
+        write_break(out, level);
+    }
+    out.push(b']');
+}
+
+/// As [`write_pretty_list`], for the fields of an object.
+pub fn write_pretty_fields<N: AsRef<str>, T>(
+    out: &mut Vec<u8>,
+    fields: impl IntoIterator<Item = (N, T)>,
+    level: usize,
+    mut write: impl FnMut(&mut Vec<u8>, T, usize),
+) {
+    out.push(b'{');
+    let mut empty = true;
+    for (name, field) in fields {
+        if !std::mem::take(&mut empty) {
+            out.push(b',');
+        }
+        write_break(out, level + 1);
+        write_string(out, name.as_ref());
+        out.extend_from_slice(b": ");
+        write(out, field, level + 1);
+    }
+    if !empty {
+        write_break(out, level);
+    }
     out.push(b'}');
 }
 
 /// Appends strings as a pretty-printed array at nesting `level`.
 pub fn write_strings<T: AsRef<str>>(out: &mut Vec<u8>, strings: &[T], level: usize) {
-    if strings.is_empty() {
-        out.extend_from_slice(b"[]");
-        return;
-    }
-    out.push(b'[');
-    for (i, text) in strings.iter().enumerate() {
-        if i > 0 {
-            out.push(b',');
-        }
-        write_break(out, level + 1);
-        write_string(out, text.as_ref());
-    }
-    write_break(out, level);
-    out.push(b']');
+    write_pretty_list(out, strings, level, |out, text, _| write_string(out, text.as_ref()));
 }
 
 /// Appends `value` on one line.
 pub fn write_line(out: &mut Vec<u8>, value: &Value) {
     match value {
-        Value::Array(items) => {
-            out.push(b'[');
-            for (i, item) in items.iter().enumerate() {
-                if i > 0 {
-                    out.extend_from_slice(b", ");
-                }
-                write_line(out, item);
-            }
-            out.push(b']');
-        }
-        Value::Object(fields) => {
-            out.push(b'{');
-            for (i, (name, field)) in fields.iter().enumerate() {
-                if i > 0 {
-                    out.extend_from_slice(b", ");
-                }
-                write_string(out, name);
-                out.extend_from_slice(b": ");
-                write_line(out, field);
-            }
-            out.push(b'}');
-        }
+        Value::Array(items) => write_line_list(out, items, write_line),
+        Value::Object(fields) => write_line_fields(out, fields, write_line),
         scalar => write_scalar(out, scalar),
     }
+}
+
+/// Appends an array on one line, each item by `write`.
+pub fn write_line_list<T>(
+    out: &mut Vec<u8>,
+    items: impl IntoIterator<Item = T>,
+    mut write: impl FnMut(&mut Vec<u8>, T),
+) {
+    out.push(b'[');
+    let mut empty = true;
+    for item in items {
+        if !std::mem::take(&mut empty) {
+            out.extend_from_slice(b", ");
+        }
+        write(out, item);
+    }
+    out.push(b']');
+}
+
+/// As [`write_line_list`], for the fields of an object.
+pub fn write_line_fields<N: AsRef<str>, T>(
+    out: &mut Vec<u8>,
+    fields: impl IntoIterator<Item = (N, T)>,
+    mut write: impl FnMut(&mut Vec<u8>, T),
+) {
+    out.push(b'{');
+    let mut empty = true;
+    for (name, field) in fields {
+        if !std::mem::take(&mut empty) {
+            out.extend_from_slice(b", ");
+        }
+        write_string(out, name.as_ref());
+        out.extend_from_slice(b": ");
+        write(out, field);
+    }
+    out.push(b'}');
 }
 
 fn write_scalar(out: &mut Vec<u8>, value: &Value) {

@@ -1,15 +1,23 @@
 //! `tids` and `id2meta`: an item's own fields with its TID, the five words that name it.
 //!
-//! A record is kept as the ordered JSON object it is, so that it can be written back byte for byte; [`TidRecord`]'s
+//! A record is kept as the ordered [`Fields`] it is, so that it can be written back byte for byte; [`TidRecord`]'s
 //! accessors are the only place that knows the names of its fields. A [`TidRecord`] exists only with a list of
 //! strings as its words; whether they are a *valid* TID is [`TidRecord::has_valid_tid`].
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, fmt, path::Path};
 
 use rustc_hash::FxHashMap;
-use serde_json::{Map, Value};
+use serde::{
+    Deserializer,
+    de::{DeserializeSeed, Error as _, MapAccess, Visitor},
+};
+use serde_json::Value;
 
-use super::{ItemId, items, python_json, text};
+use super::{
+    Fields, ItemId,
+    fields::{Field, FieldsReader},
+    items, python_json, text,
+};
 use crate::StageError;
 
 /// Words in a TID.
@@ -21,7 +29,9 @@ const WORDS: &str = "summary_words";
 #[derive(Debug, Clone, PartialEq)]
 pub struct TidRecord {
     id: ItemId,
-    fields: Map<String, Value>,
+    fields: Fields,
+    /// The place of the words among the fields.
+    words: usize,
 }
 
 impl TidRecord {
@@ -29,17 +39,27 @@ impl TidRecord {
     /// What is wrong, in words: not an object, no `id`, or `summary_words` that are not a list of strings.
     pub fn from_value(value: Value) -> Result<Self, String> {
         let Value::Object(fields) = value else { return Err("not a JSON object".into()) };
-        let id = items::id_from(fields.get("id").ok_or("the field `id` is missing")?)?;
+        Self::from_fields(fields.into())
+    }
+
+    fn from_fields(fields: Fields) -> Result<Self, String> {
+        let id = match fields.get("id").ok_or("the field `id` is missing")? {
+            Field::Text(id) => items::checked_id(id)?,
+            other => items::id_from(&other.to_value())?,
+        };
         Self::new(id, fields)
     }
 
     /// # Errors
     /// `summary_words` is missing or not a list of strings.
-    pub fn new(id: ItemId, fields: Map<String, Value>) -> Result<Self, String> {
-        match fields.get(WORDS) {
-            Some(Value::Array(words)) if words.iter().all(Value::is_string) => Ok(Self { id, fields }),
-            Some(_) => Err(format!("`{WORDS}` of item `{id}` is not a list of strings")),
-            None => Err(format!("item `{id}` has no `{WORDS}`")),
+    pub fn new(id: ItemId, fields: Fields) -> Result<Self, String> {
+        let words = fields.place(WORDS).ok_or_else(|| format!("item `{id}` has no `{WORDS}`"))?;
+        match fields.at(words) {
+            Some(Field::Texts(_)) => Ok(Self { id, fields, words }),
+            Some(Field::Value(Value::Array(list))) if list.iter().all(Value::is_string) => {
+                Ok(Self { id, fields, words })
+            }
+            _ => Err(format!("`{WORDS}` of item `{id}` is not a list of strings")),
         }
     }
 
@@ -48,13 +68,18 @@ impl TidRecord {
     }
 
     /// All fields as they stand in the file.
-    pub fn fields(&self) -> &Map<String, Value> {
+    pub fn fields(&self) -> &Fields {
         &self.fields
     }
 
     /// The words as they stand in the file.
     pub fn words(&self) -> impl Iterator<Item = &str> {
-        self.fields.get(WORDS).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+        let (texts, values) = match self.fields.at(self.words) {
+            Some(Field::Texts(texts)) => (Some(texts), None),
+            Some(Field::Value(value)) => (None, value.as_array()),
+            _ => (None, None),
+        };
+        texts.into_iter().flatten().chain(values.into_iter().flatten().filter_map(Value::as_str))
     }
 
     /// The words without square brackets around them: those of the TID that models read and write.
@@ -69,12 +94,15 @@ impl TidRecord {
 
     /// Whether there are five words and none is blank: what a recommender can be asked to generate.
     pub fn has_valid_tid(&self) -> bool {
-        self.words().count() == TID_LENGTH && self.clean_words().all(|w| !w.trim().is_empty())
+        let mut count = 0;
+        self.clean_words().all(|word| {
+            count += 1;
+            !word.trim_start().is_empty()
+        }) && count == TID_LENGTH
     }
 
     pub fn set_words(&mut self, words: impl IntoIterator<Item = String>) {
-        let words = words.into_iter().map(Value::String).collect();
-        self.fields.insert(WORDS.into(), Value::Array(words));
+        self.fields.set(WORDS, words.into_iter().map(Value::String).collect());
     }
 
     pub fn title(&self) -> Option<Cow<'_, str>> {
@@ -91,21 +119,17 @@ impl TidRecord {
 
     /// A field as text, see [`items::Item::text`].
     pub fn text(&self, field: &str) -> Option<Cow<'_, str>> {
-        items::field_text(&self.fields, field)
+        self.fields.get(field).and_then(Field::text)
     }
 
     /// `record.get(field, absent)` in an f-string of the published scripts.
-    pub fn python_text(&self, field: &str, absent: &str) -> String {
-        self.fields.get(field).map_or_else(|| absent.to_owned(), python_json::python_str)
+    pub fn python_text<'a>(&'a self, field: &str, absent: &'a str) -> Cow<'a, str> {
+        self.fields.get(field).map_or(Cow::Borrowed(absent), |field| field.python_str())
     }
 
     /// A field in an f-string of the published scripts; `None` where Python would take it for false.
-    pub fn python_truthy(&self, field: &str) -> Option<String> {
-        self.fields.get(field).filter(|v| python_json::is_truthy(v)).map(python_json::python_str)
-    }
-
-    pub fn into_value(self) -> Value {
-        Value::Object(self.fields)
+    pub fn python_truthy(&self, field: &str) -> Option<Cow<'_, str>> {
+        self.fields.get(field).filter(Field::is_truthy).map(|field| field.python_str())
     }
 }
 
@@ -119,12 +143,16 @@ pub fn clean_word(word: &str) -> &str {
 /// # Errors
 /// The file cannot be read, is empty, or has a line that is no record.
 pub fn read(path: &Path) -> Result<Vec<TidRecord>, StageError> {
-    let text = text::read(path)?;
+    let mut reader = FieldsReader::new(text::read(path)?);
+    let text = reader.text();
     let mut records = Vec::new();
     for (line, number) in text.split('\n').zip(1u64..).filter(|(l, _)| !l.trim().is_empty()) {
-        let value = serde_json::from_str(line)
+        let mut json = serde_json::Deserializer::from_str(line);
+        let fields = (&mut reader)
+            .deserialize(&mut json)
+            .and_then(|fields| json.end().map(|()| fields))
             .map_err(|e| StageError::input_at(path, number, format!("not valid JSON: {e}")))?;
-        records.push(TidRecord::from_value(value).map_err(|m| StageError::input_at(path, number, m))?);
+        records.push(TidRecord::from_fields(fields).map_err(|m| StageError::input_at(path, number, m))?);
     }
     if records.is_empty() {
         return Err(StageError::input(path, "holds no record"));
@@ -136,19 +164,11 @@ pub fn read(path: &Path) -> Result<Vec<TidRecord>, StageError> {
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn write<'a>(path: &Path, records: impl IntoIterator<Item = &'a Map<String, Value>>) -> Result<(), StageError> {
+pub fn write<'a>(path: &Path, records: impl IntoIterator<Item = &'a TidRecord>) -> Result<(), StageError> {
     let mut out = Vec::new();
     for record in records {
-        out.push(b'{');
-        for (i, (name, value)) in record.iter().enumerate() {
-            if i > 0 {
-                out.extend_from_slice(b", ");
-            }
-            python_json::write_string(&mut out, name);
-            out.extend_from_slice(b": ");
-            python_json::write_line(&mut out, value);
-        }
-        out.extend_from_slice(b"}\n");
+        record.fields.write_line(&mut out);
+        out.push(b'\n');
     }
     std::fs::write(path, out).map_err(|e| StageError::io("write", path, e))
 }
@@ -164,17 +184,14 @@ impl Id2Meta {
     /// # Errors
     /// The file cannot be read, is empty, or holds something that is no TID record.
     pub fn read(path: &Path) -> Result<Self, StageError> {
-        let text = text::read(path)?;
-        let entries: Map<String, Value> =
-            serde_json::from_str(&text).map_err(|e| text::json_error(path, &e, "an object id → record"))?;
         let mut id2meta = Self::default();
-        for (id, fields) in entries {
-            let record = match fields {
-                Value::Object(fields) => TidRecord::new(ItemId(id), fields),
-                other => Err(format!("item `{id}` is {other}, not a record")),
-            };
-            id2meta.insert(record.map_err(|m| StageError::input(path, m))?);
-        }
+        let mut reader = FieldsReader::new(text::read(path)?);
+        let text = reader.text();
+        let mut json = serde_json::Deserializer::from_str(&text);
+        Entries { reader: &mut reader, id2meta: &mut id2meta }
+            .deserialize(&mut json)
+            .and_then(|()| json.end())
+            .map_err(|e| text::json_error(path, &e, "an object id → record"))?;
         if id2meta.is_empty() {
             return Err(StageError::input(path, "holds no item"));
         }
@@ -223,11 +240,41 @@ impl Id2Meta {
             python_json::write_break(&mut out, 1);
             python_json::write_string(&mut out, record.id().as_str());
             out.extend_from_slice(b": ");
-            python_json::write_object(&mut out, record.fields(), 1);
+            record.fields.write_pretty(&mut out, 1);
         }
         python_json::write_break(&mut out, 0);
         out.push(b'}');
         std::fs::write(path, out).map_err(|e| StageError::io("write", path, e))
+    }
+}
+
+/// Reads the object id → record into `id2meta`.
+struct Entries<'r> {
+    reader: &'r mut FieldsReader,
+    id2meta: &'r mut Id2Meta,
+}
+
+impl<'de> DeserializeSeed<'de> for Entries<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Entries<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of records")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(id) = map.next_key::<String>()? {
+            let fields = map.next_value_seed(&mut *self.reader)?;
+            self.id2meta.insert(TidRecord::new(ItemId(id), fields).map_err(A::Error::custom)?);
+        }
+        Ok(())
     }
 }
 

@@ -14,13 +14,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     rec_text::{TID_LABEL, push_tid},
-    samples::{ArrayWriter, escaped, push_sample},
+    samples::{ArrayWriter, EscapedTemplate, escaped, push_sample},
     shortened,
 };
 use crate::{
     Artifact, Compat, ParamIssue, Ports, Stage, StageContext, StageError,
     artifact::{Id2Meta, TidRecord, sequences, text},
-    prompts::{self, Prompts},
+    prompts::Prompts,
     stage::{Input, Output},
 };
 
@@ -73,36 +73,45 @@ impl Stage for SftCollaborative {
         let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
         let path = cx.input("similar_items")?;
         let text = text::read(path)?;
+        let usable: Vec<bool> = id2meta.records().iter().map(TidRecord::has_valid_tid).collect();
+        let lines = Lines::render(params, &id2meta);
         let instruction = escaped(&prompts.sft_collaborative.instruction);
+        let input = EscapedTemplate::new(&prompts.sft_collaborative.input, &["item_line", "count"]);
         let mut writer = ArrayWriter::create(cx.output("sft")?)?;
         let (mut unknown, mut invalid, mut alone) = (0u64, 0u64, 0u64);
+        let (mut similar, mut output) = (Vec::with_capacity(params.top), Vec::new());
         for line in sequences::similar_lines(&text) {
-            let Some(anchor) = id2meta.get(line.head) else {
+            let Some(anchor) = id2meta.place(line.head) else {
                 unknown += 1;
                 continue;
             };
-            let similar: Vec<&TidRecord> = match params.compat {
-                Compat::Reference => line.items().take(params.top).filter_map(|id| id2meta.get(id)).collect(),
-                Compat::Fixed if !anchor.has_valid_tid() => {
+            let known = |id| id2meta.place(id);
+            similar.clear();
+            match params.compat {
+                Compat::Reference => similar.extend(line.items().take(params.top).filter_map(known)),
+                Compat::Fixed if !usable[anchor] => {
                     invalid += 1;
                     continue;
                 }
-                Compat::Fixed => line
-                    .items()
-                    .filter(|id| *id != line.head)
-                    .filter_map(|id| id2meta.get(id))
-                    .filter(|r| r.has_valid_tid())
-                    .take(params.top)
-                    .collect(),
-            };
+                Compat::Fixed => similar.extend(
+                    (line.items().filter(|id| *id != line.head).filter_map(known))
+                        .filter(|&i| usable[i])
+                        .take(params.top),
+                ),
+            }
             if similar.is_empty() {
                 alone += 1;
                 continue;
             }
-            let values = [("item_line", &*item_line(anchor, params)), ("count", &*similar.len().to_string())];
-            let input = prompts::render(&prompts.sft_collaborative.input, &values);
-            let output = answer(&similar, params.compat);
-            writer.push(|out| push_sample(out, &instruction, &escaped(&input), &escaped(&output)))?;
+            output.clear();
+            for (i, &item) in similar.iter().enumerate() {
+                output.extend_from_slice(if i > 0 { br"\n\n" } else { b"" });
+                output.extend_from_slice(format!("{}. ", i + 1).as_bytes());
+                output.extend_from_slice(&lines.similar[item]);
+            }
+            let count = similar.len().to_string();
+            let input = input.fill([&lines.anchor[anchor], count.as_bytes()]);
+            writer.push(|out| push_sample(out, &instruction, input, [&*output]))?;
         }
         let samples = writer.finish()?;
         if samples == 0 {
@@ -123,46 +132,65 @@ impl Stage for SftCollaborative {
     }
 }
 
-fn item_line(record: &TidRecord, params: &Params) -> String {
-    let mut out = format!("{TID_LABEL} ");
+/// Each item as it stands in a sample, by place in the catalogue, escaped.
+struct Lines {
+    anchor: Vec<Vec<u8>>,
+    similar: Vec<Vec<u8>>,
+}
+
+impl Lines {
+    fn render(params: &Params, id2meta: &Id2Meta) -> Self {
+        let mut text = String::new();
+        let mut all = |push: fn(&mut String, &TidRecord, &Params)| -> Vec<Vec<u8>> {
+            let render = |record| {
+                text.clear();
+                push(&mut text, record, params);
+                escaped(&text)
+            };
+            id2meta.records().iter().map(render).collect()
+        };
+        Self { anchor: all(push_anchor), similar: all(push_similar) }
+    }
+}
+
+fn push_anchor(out: &mut String, record: &TidRecord, params: &Params) {
+    out.push_str(TID_LABEL);
+    out.push(' ');
     match params.compat {
         Compat::Reference => {
-            push_tid(&mut out, record.words());
+            push_tid(out, record.words());
             let [title, description] = ["title", "description"].map(|field| record.python_text(field, ""));
-            out.push_str(&format!(" Title: {title}. Description: {description}. \n"));
+            for part in [" Title: ", &*title, ". Description: ", &*description, ". \n"] {
+                out.push_str(part);
+            }
         }
         Compat::Fixed => {
-            push_tid(&mut out, record.clean_words());
-            push_title(&mut out, record);
+            push_tid(out, record.clean_words());
+            push_title(out, record);
             if let Some(description) = record.description() {
                 out.push_str(&format!(" Description: {}.", shortened(&description, params.max_description)));
             }
             out.push('\n');
         }
     }
-    out
 }
 
-fn answer(similar: &[&TidRecord], compat: Compat) -> String {
-    let mut out = String::new();
-    for (i, record) in similar.iter().enumerate() {
-        if i > 0 {
-            out.push_str("\n\n");
-        }
-        out.push_str(&format!("{}. {TID_LABEL} ", i + 1));
-        match compat {
-            Compat::Reference => {
-                push_tid(&mut out, record.words());
-                out.push_str(&format!(" Title: {}.", record.python_text("title", "")));
-            }
-            Compat::Fixed => {
-                push_tid(&mut out, record.clean_words());
-                push_title(&mut out, record);
+fn push_similar(out: &mut String, record: &TidRecord, params: &Params) {
+    out.push_str(TID_LABEL);
+    out.push(' ');
+    match params.compat {
+        Compat::Reference => {
+            push_tid(out, record.words());
+            for part in [" Title: ", &*record.python_text("title", ""), "."] {
+                out.push_str(part);
             }
         }
-        out.push('\n');
+        Compat::Fixed => {
+            push_tid(out, record.clean_words());
+            push_title(out, record);
+        }
     }
-    out
+    out.push('\n');
 }
 
 fn push_title(out: &mut String, record: &TidRecord) {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     rec_text::push_tid,
-    samples::{ArrayWriter, escaped, push_sample},
+    samples::{ArrayWriter, EscapedTemplate, escaped, push_sample},
     shortened,
 };
 use crate::{
@@ -59,23 +59,30 @@ impl Stage for SftMeta2Tid {
         let path = cx.input("id2meta")?;
         let id2meta = Id2Meta::read(path)?;
         let instruction = escaped(&prompts.sft_meta2tid.instruction);
+        let template = EscapedTemplate::new(&prompts.sft_meta2tid.input, &["title_line", "description_line"]);
         let mut writer = ArrayWriter::create(cx.output("sft")?)?;
         let (mut invalid, mut silent) = (0u64, 0u64);
+        let mut tid = String::new();
         for record in id2meta.records() {
-            let sample = match params.compat {
-                Compat::Reference => Some(reference(record, &prompts)),
-                Compat::Fixed if !record.has_valid_tid() => {
-                    invalid += 1;
-                    None
+            tid.clear();
+            match params.compat {
+                Compat::Reference => {
+                    push_tid(&mut tid, record.words());
+                    let lines = [
+                        reference_line(record, "Title", "title"),
+                        reference_line(record, "Description", "description"),
+                    ];
+                    let input = template.fill(lines.each_ref().map(Vec::as_slice));
+                    writer.push(|out| push_sample(out, &instruction, input, [&*escaped(&tid)]))?;
                 }
-                Compat::Fixed => {
-                    let sample = fixed(record, &prompts, params.max_description);
-                    silent += u64::from(sample.is_none());
-                    sample
-                }
-            };
-            if let Some((input, output)) = sample {
-                writer.push(|out| push_sample(out, &instruction, &escaped(&input), &escaped(&output)))?;
+                Compat::Fixed if !record.has_valid_tid() => invalid += 1,
+                Compat::Fixed => match fixed_input(record, &prompts, params.max_description) {
+                    Some(input) => {
+                        push_tid(&mut tid, record.clean_words());
+                        writer.push(|out| push_sample(out, &instruction, [&*escaped(&input)], [&*escaped(&tid)]))?;
+                    }
+                    None => silent += 1,
+                },
             }
         }
         let samples = writer.finish()?;
@@ -94,17 +101,12 @@ impl Stage for SftMeta2Tid {
     }
 }
 
-fn reference(record: &TidRecord, prompts: &Prompts) -> (String, String) {
-    let line =
-        |label: &str, field: &str| record.python_truthy(field).map_or_else(String::new, |v| format!("{label}: {v}"));
-    let values = [("title_line", &*line("Title", "title")), ("description_line", &*line("Description", "description"))];
-    let mut output = String::new();
-    push_tid(&mut output, record.words());
-    (prompts::render(&prompts.sft_meta2tid.input, &values), output)
+fn reference_line(record: &TidRecord, label: &str, field: &str) -> Vec<u8> {
+    record.python_truthy(field).map_or_else(Vec::new, |value| escaped(&format!("{label}: {value}")))
 }
 
 /// `None` if there is nothing to name the item by.
-fn fixed(record: &TidRecord, prompts: &Prompts, max_description: Option<usize>) -> Option<(String, String)> {
+fn fixed_input(record: &TidRecord, prompts: &Prompts, max_description: Option<usize>) -> Option<String> {
     let title = record.title().map(|t| format!("Title: {t}")).unwrap_or_default();
     let description =
         record.description().map(|d| format!("Description: {}", shortened(&d, max_description))).unwrap_or_default();
@@ -112,9 +114,7 @@ fn fixed(record: &TidRecord, prompts: &Prompts, max_description: Option<usize>) 
         return None;
     }
     let values = [("title_line", &*title), ("description_line", &*description)];
-    let mut output = String::new();
-    push_tid(&mut output, record.clean_words());
-    Some((prompts::render_without_empty_lines(&prompts.sft_meta2tid.input, &values), output))
+    Some(prompts::render_without_empty_lines(&prompts.sft_meta2tid.input, &values))
 }
 
 #[cfg(test)]

@@ -8,10 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{StageError, artifact::python_json};
+use crate::{StageError, artifact::python_json, prompts};
 
-/// Bytes gathered before they are written.
-const CHUNK: usize = 1 << 20;
+/// Bytes gathered before they are written: they stay in the cache of one core.
+const CHUNK: usize = 1 << 17;
 
 /// Writes a JSON array, element by element.
 pub struct ArrayWriter {
@@ -70,13 +70,44 @@ pub fn escaped(text: &str) -> Vec<u8> {
     out
 }
 
+/// A template whose texts are escaped once, to be filled with values that are escaped already: together what
+/// [`prompts::render`] and [`escaped`] give.
+pub struct EscapedTemplate {
+    /// What stands before each placeholder, and which of the names that is.
+    parts: Vec<(Vec<u8>, usize)>,
+    end: Vec<u8>,
+}
+
+impl EscapedTemplate {
+    /// Other placeholders than `names` are text.
+    pub fn new(template: &str, names: &[&str]) -> Self {
+        let mut parts = Vec::new();
+        let (mut rest, mut text) = (template, String::new());
+        while let Some((before, name, after)) = prompts::next_placeholder(rest) {
+            text.push_str(before);
+            match names.iter().position(|known| *known == name) {
+                Some(place) => parts.push((escaped(&std::mem::take(&mut text)), place)),
+                None => text.push_str(&rest[before.len()..rest.len() - after.len()]),
+            }
+            rest = after;
+        }
+        text.push_str(rest);
+        Self { parts, end: escaped(&text) }
+    }
+
+    /// The template in parts, with `values` in the order of the names.
+    pub fn fill<'a, const N: usize>(&'a self, values: [&'a [u8]; N]) -> impl Iterator<Item = &'a [u8]> {
+        self.parts.iter().flat_map(move |(text, place)| [&**text, values[*place]]).chain([&*self.end])
+    }
+}
+
 /// Appends the three fields of an alpaca sample, at nesting level 2 and without the braces around them. Texts come in
 /// parts that are escaped already.
-pub fn push_fields<'a>(
+pub fn push_fields<'i, 'o>(
     out: &mut Vec<u8>,
     instruction: &[u8],
-    input: impl IntoIterator<Item = &'a [u8]>,
-    output: impl IntoIterator<Item = &'a [u8]>,
+    input: impl IntoIterator<Item = &'i [u8]>,
+    output: impl IntoIterator<Item = &'o [u8]>,
 ) {
     push_field(out, b"\"instruction\": \"", [instruction]);
     out.push(b',');
@@ -95,9 +126,32 @@ fn push_field<'a>(out: &mut Vec<u8>, name: &[u8], parts: impl IntoIterator<Item 
 }
 
 /// Appends an alpaca sample at nesting level 1.
-pub fn push_sample(out: &mut Vec<u8>, instruction: &[u8], input: &[u8], output: &[u8]) {
+pub fn push_sample<'i, 'o>(
+    out: &mut Vec<u8>,
+    instruction: &[u8],
+    input: impl IntoIterator<Item = &'i [u8]>,
+    output: impl IntoIterator<Item = &'o [u8]>,
+) {
     out.push(b'{');
-    push_fields(out, instruction, [input], [output]);
+    push_fields(out, instruction, input, output);
     python_json::write_break(out, 1);
     out.push(b'}');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_escaped_once_gives_what_rendering_and_escaping_give() {
+        for template in ["{a}\n\"{b}\" {a} {c} {", "no \\ placeholder", "{a}{b}", ""] {
+            let values = [("a", "1\n{b}"), ("b", "\"q\"")];
+            let filled: Vec<u8> = EscapedTemplate::new(template, &["a", "b"])
+                .fill(values.map(|(_, value)| escaped(value)).each_ref().map(Vec::as_slice))
+                .flatten()
+                .copied()
+                .collect();
+            assert_eq!(filled, escaped(&prompts::render(template, &values)), "{template}");
+        }
+    }
 }

@@ -13,11 +13,11 @@ use std::{
 use rustc_hash::{FxHashMap, FxHashSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Item, ItemId, Neighbor, TID_LENGTH, items, jsonl, neighbors, python_json, tids},
+    artifact::{Item, ItemId, Neighbor, TID_LENGTH, TidRecord, items, jsonl, neighbors, python_json, tids},
     method::Method,
     model_folder,
     prompts::Prompts,
@@ -293,7 +293,7 @@ fn write(
     let as_told = compat.is_reference() && spent.is_some();
     let near = |id: &ItemId| given.near.get(id).into_iter().flatten().take(params.neighbors);
     let mut invalid = jsonl::Writer::create(cx.output("invalid")?)?;
-    let mut records: Vec<Map<String, Value>> = Vec::with_capacity(items.len());
+    let mut records: Vec<TidRecord> = Vec::with_capacity(items.len());
     let mut entries: Vec<Entry> = Vec::with_capacity(items.len());
     let mut unusable = 0;
     for (item, found) in items.iter().zip(found) {
@@ -314,7 +314,7 @@ fn write(
         record.insert("llm_output".into(), json!(if valid || as_told { found.output.as_str() } else { "" }));
         record.insert("summary_words".into(), json!(words));
         record.insert("similar_item_ids".into(), json!(similar));
-        records.push(record);
+        records.push(TidRecord::new(item.id.clone(), record.into()).map_err(StageError::bug)?);
         entries.push(Entry { id: &item.id, words: words.iter().map(String::as_str).collect() });
     }
     invalid.finish()?;

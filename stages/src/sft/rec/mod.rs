@@ -162,7 +162,7 @@ impl Stage for SftRec {
         };
         write::item_id2tid(cx.output("item_id2tid")?, &id2meta, &mapped)?;
         write::tid2item_id(cx.output("tid2item_id")?, &id2meta, &mapped)?;
-        jsonl::write(cx.output("holdout")?, users.holdout(&id2meta))?;
+        jsonl::write(cx.output("holdout")?, users.holdout(&id2meta, &users.groups()))?;
         cx.info(format!("{} users held out, {samples} samples", users.kept.len()));
         Ok(())
     }

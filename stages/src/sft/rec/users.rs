@@ -1,13 +1,13 @@
 //! Which users are kept, with which items, and what is held out of each.
 
-use std::path::Path;
+use std::{borrow::Cow, path::Path};
 
 use rustc_hash::FxHashMap;
 
 use super::{Params, UnknownItems};
 use crate::{
     StageError,
-    artifact::{Holdout, Id2Meta, UserId, sequences},
+    artifact::{Holdout, Id2Meta, ItemId, sequences},
 };
 
 /// A kept user. Items are places in the catalogue.
@@ -173,35 +173,54 @@ impl<'a> Users<'a> {
     }
 
     /// The held-out targets, with each user's group by length of history and the domain of the test item.
-    pub fn holdout<'b>(&'b self, id2meta: &'b Id2Meta) -> impl Iterator<Item = Holdout> + use<'a, 'b> {
-        let groups = groups(self.kept.iter().map(|u| u.history_length).collect());
+    pub fn holdout<'b>(&'b self, id2meta: &'b Id2Meta, groups: &'b Groups) -> impl Iterator<Item = HeldOut<'b>> {
         let record = |i: usize| &id2meta.records()[i];
         self.kept.iter().map(move |user| Holdout {
-            user: UserId::from(user.name),
-            history: user.history().iter().map(|&i| record(i).id().clone()).collect(),
-            valid: record(user.valid()).id().clone(),
-            test: record(user.test()).id().clone(),
-            group: groups.iter().find(|(_, last, _)| user.history_length <= *last).map(|(_, _, name)| name.clone()),
-            domain: record(user.test()).domain().map(|d| d.into_owned()),
+            user: user.name,
+            history: user.history().iter().map(|&i| record(i).id()).collect(),
+            valid: record(user.valid()).id(),
+            test: record(user.test()).id(),
+            group: groups.name(user.history_length).map(Cow::Borrowed),
+            domain: record(user.test()).domain(),
         })
+    }
+
+    pub fn groups(&self) -> Groups {
+        Groups::new(self.kept.iter().map(|u| u.history_length).collect())
     }
 }
 
-/// Splits lengths into at most five groups of about equal size; equal lengths share a group. Each is `(first length,
-/// last length, name)`, the name being `3` or `3-5`.
-fn groups(mut lengths: Vec<usize>) -> Vec<(usize, usize, String)> {
-    lengths.sort_unstable();
-    let mut lasts: Vec<usize> =
-        (1..=5).filter_map(|fifth| lengths.get((lengths.len() * fifth / 5).max(1) - 1).copied()).collect();
-    lasts.dedup();
-    let mut groups = Vec::new();
-    for last in lasts {
-        let above = groups.last().map(|(_, last, _): &(usize, usize, String)| *last);
-        let first = lengths.iter().copied().find(|&l| above.is_none_or(|a| l > a)).unwrap_or(last);
-        let name = if first == last { first.to_string() } else { format!("{first}-{last}") };
-        groups.push((first, last, name));
+/// A line of `holdout`, borrowed.
+type HeldOut<'a> = Holdout<&'a str, &'a ItemId, Cow<'a, str>>;
+
+/// Users by length of history, in at most five groups of about equal size; equal lengths share a group.
+pub struct Groups(Vec<Group>);
+
+/// The last length that belongs to it, and its name: `3` or `3-5`.
+struct Group {
+    last: usize,
+    name: String,
+}
+
+impl Groups {
+    fn new(mut lengths: Vec<usize>) -> Self {
+        lengths.sort_unstable();
+        let mut lasts: Vec<usize> =
+            (1..=5).filter_map(|fifth| lengths.get((lengths.len() * fifth / 5).max(1) - 1).copied()).collect();
+        lasts.dedup();
+        let mut groups: Vec<Group> = Vec::new();
+        for last in lasts {
+            let above = groups.last().map(|group| group.last);
+            let first = lengths.iter().copied().find(|&l| above.is_none_or(|a| l > a)).unwrap_or(last);
+            let name = if first == last { first.to_string() } else { format!("{first}-{last}") };
+            groups.push(Group { last, name });
+        }
+        Self(groups)
     }
-    groups
+
+    fn name(&self, length: usize) -> Option<&str> {
+        self.0.iter().find(|group| length <= group.last).map(|group| &*group.name)
+    }
 }
 
 #[cfg(test)]
@@ -210,7 +229,7 @@ mod tests {
 
     #[test]
     fn groups_are_fifths_that_do_not_split_equal_lengths() {
-        let names = |lengths: Vec<usize>| groups(lengths).into_iter().map(|g| g.2).collect::<Vec<_>>();
+        let names = |lengths: Vec<usize>| Groups::new(lengths).0.into_iter().map(|g| g.name).collect::<Vec<_>>();
         assert_eq!(names((1..=10).collect()), ["1-2", "3-4", "5-6", "7-8", "9-10"]);
         assert_eq!(names(vec![3, 3, 3, 3, 3, 3, 4, 5, 9, 20]), ["3", "4-5", "9-20"]);
         assert_eq!(names(vec![7]), ["7"]);

@@ -63,17 +63,12 @@ pub fn samples(
 ) -> Result<u64, StageError> {
     let instruction = escaped(&prompts.sft_rec.instruction);
     let mut writer = ArrayWriter::create(path)?;
-    let mut output = Vec::new();
     for user in &users.kept {
-        output.clear();
-        if params.format == Format::Compact {
-            output.extend_from_slice(parts.input(user));
-        }
-        parts.output(user).for_each(|p| output.extend_from_slice(p));
+        let (input, output) = (parts.input(user), parts.output(user));
         match params.format {
-            Format::Compact => writer.push(|out| push_sample(out, b"", b"", &output))?,
-            Format::Text if output.is_empty() && !params.compat.is_reference() => {}
-            Format::Text => writer.push(|out| push_sample(out, &instruction, parts.input(user), &output))?,
+            Format::Compact => writer.push(|out| push_sample(out, b"", [], [input].into_iter().chain(output)))?,
+            Format::Text if user.history().len() < 2 && !params.compat.is_reference() => {}
+            Format::Text => writer.push(|out| push_sample(out, &instruction, [input], output))?,
         }
     }
     writer.finish()
@@ -98,7 +93,7 @@ pub fn records(
     let mut words = Vec::with_capacity(id2meta.len());
     for record in id2meta.records() {
         let mut out = Vec::new();
-        python_json::write_object(&mut out, record.fields(), 2);
+        record.fields().write_pretty(&mut out, 2);
         whole.push(out);
         let mut out = Vec::new();
         python_json::write_string(&mut out, record.id().as_str());
