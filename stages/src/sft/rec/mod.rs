@@ -25,6 +25,7 @@ use crate::{
     artifact::{Id2Meta, jsonl, text},
     prompts::Prompts,
     stage::{Input, Output},
+    threads,
 };
 
 pub struct SftRec;
@@ -151,18 +152,28 @@ impl Stage for SftRec {
         cx.check_stop()?;
 
         let parts = Parts::render(params, &id2meta);
-        let samples = write::samples(params, cx.output("sft")?, &prompts, &users, &parts)?;
-        if params.writes_records() {
-            write::records(cx.output("records")?, &prompts, &users, &id2meta, &parts)?;
-        }
-        cx.check_stop()?;
         let mapped = match params.compat {
             Compat::Reference => users.appeared.clone(),
             Compat::Fixed => (0..id2meta.len()).filter(|&i| id2meta.records()[i].has_valid_tid()).collect(),
         };
-        write::item_id2tid(cx.output("item_id2tid")?, &id2meta, &mapped)?;
-        write::tid2item_id(cx.output("tid2item_id")?, &id2meta, &mapped)?;
-        jsonl::write(cx.output("holdout")?, users.holdout(&id2meta, &users.groups()))?;
+        let records = params.writes_records().then(|| cx.output("records")).transpose()?;
+        let [sft, item_id2tid, tid2item_id, holdout] =
+            ["sft", "item_id2tid", "tid2item_id", "holdout"].map(|port| cx.output(port));
+        let [sft, item_id2tid, tid2item_id, holdout] = [sft?, item_id2tid?, tid2item_id?, holdout?];
+        // The records are three times as long as everything else, and depend on none of it.
+        let (recorded, samples) = threads::pool(cx)?.join(
+            || records.map_or(Ok(()), |path| write::records(path, &prompts, &users, &id2meta, &parts)),
+            || {
+                let samples = write::samples(params, sft, &prompts, &users, &parts)?;
+                write::item_id2tid(item_id2tid, &id2meta, &mapped)?;
+                write::tid2item_id(tid2item_id, &id2meta, &mapped)?;
+                jsonl::write(holdout, users.holdout(&id2meta, &users.groups()))?;
+                Ok::<_, StageError>(samples)
+            },
+        );
+        recorded?;
+        let samples = samples?;
+        cx.check_stop()?;
         cx.info(format!("{} users held out, {samples} samples", users.kept.len()));
         Ok(())
     }
