@@ -179,18 +179,21 @@ unsafe fn multiply(
     let cols = w.cols();
     let full = cols / WIDTH;
     let tiles = rows.count.div_ceil(rows_at_once());
-    // Rows are shared out evenly: some tiles have one more than others.
+    // Rows are shared out evenly: the first tiles have one more than the others.
     let (low, high) = (rows.count / tiles, rows.count.div_ceil(tiles));
     let wide = panels_at_once(high);
+    let (several, single): ([Kernel; 2], [Kernel; 2]) =
+        ([kernel(low, wide), kernel(high, wide)], [kernel(low, 1), kernel(high, 1)]);
     let mut panel = panel_range.0;
     while panel < panel_range.1 {
         let together = if panel + wide <= panel_range.1.min(full) { wide } else { 1 };
-        let (run_low, run_high): (Kernel, Kernel) = (kernel(low, together), kernel(high, together));
+        let kernels = if together == wide { several } else { single };
         let b = w.panel(panel)[rows.start * WIDTH..].as_ptr();
         let ahead = b.wrapping_add(together * w.stride());
+        let mut first = 0;
         for tile in 0..tiles {
-            let (first, end) = piece(rows.count, tiles, tile);
-            let run = if end - first == low { run_low } else { run_high };
+            let higher = usize::from(tile < rows.count - low * tiles);
+            let height = low + higher;
             // Each of the first tiles asks for its part of the next panel.
             let share = tile % INNER_PER_LINE * (rows.length / INNER_PER_LINE) * WIDTH;
             // SAFETY: the tile lies inside the rows, `w` and `out` by the sizes above; a panel that is only partly
@@ -208,11 +211,12 @@ unsafe fn multiply(
                     ahead: ahead.wrapping_add(share),
                 };
                 if panel < full {
-                    run(t);
+                    kernels[higher](t);
                 } else {
-                    partial(run, t, end - first, cols - full * WIDTH);
+                    partial(kernels[higher], t, height, cols - full * WIDTH);
                 }
             }
+            first += height;
         }
         panel += together;
     }
