@@ -10,7 +10,8 @@ import time
 ROOT = os.environ["BENCH_ROOT"]
 DATA = os.environ["GRLM_TEST_DATA"]
 PEERS = os.environ["BENCH_PEERS"]
-GRLM = os.path.join(ROOT, "target/release/grlm")
+RELEASE = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), "release")
+GRLM = os.path.join(RELEASE, "grlm")
 _missed = []
 
 
@@ -23,7 +24,7 @@ def example(package, name):
     """Builds an example of a package, which is how a part of it is timed alone."""
     command = ["cargo", "build", "--release", "--quiet", "-p", package, "--example", name]
     subprocess.run(command, cwd=ROOT, check=True)
-    return os.path.join(ROOT, "target/release/examples", name)
+    return os.path.join(RELEASE, "examples", name)
 
 
 def debian(*packages):

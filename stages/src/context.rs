@@ -16,6 +16,7 @@ use crate::{
     StageError, WorkerEvent,
     event::LogLevel,
     hub::{Hub, ModelName, PinnedModel},
+    model_folder,
     rows::{self, MemoryMemo, RowDevice, RowMemo},
 };
 
@@ -209,6 +210,16 @@ impl StageContext {
         }
     }
 
+    /// [`StageContext::model_identity`] where it can be told without a network: the engine pinned the model, or its folder
+    /// is on disk.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn model_identity_at_hand(&mut self, place: &str, name: &str) -> Result<Option<String>, StageError> {
+        let known = self.identity.models.contains_key(place) || model_folder::is_at_hand(name);
+        known.then(|| self.model_identity(place, name)).transpose()
+    }
+
     /// A digest of what a `command` runs: its text, declared code and declared variables. `None` for other kinds.
     pub fn program_digest(&self) -> Option<&str> {
         self.identity.program.as_deref()
@@ -257,11 +268,6 @@ impl StageContext {
             RowDevice { number, device, threads, stop: self.stop.clone() }
         };
         devices.into_iter().enumerate().map(row_device).collect()
-    }
-
-    /// Where results of rows are kept. Row stages leave it to [`crate::rows::run`].
-    pub fn rows(&mut self) -> &mut dyn RowMemo {
-        self.rows.as_mut()
     }
 
     pub(crate) fn take_rows(&mut self) -> Box<dyn RowMemo> {

@@ -4,6 +4,7 @@ mod cached;
 mod concurrent;
 mod devices;
 mod disks;
+mod engine;
 mod environment;
 mod errors;
 mod failures;

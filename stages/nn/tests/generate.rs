@@ -193,6 +193,7 @@ fn enough_beams_find_what_exact_scores_find() {
             let exact = exact(&generator, &[], &slices(&prompts), &tids, normalize, length_penalty).unwrap();
             let asked = |left_out| -> Vec<Asked> { prompts.iter().map(|tokens| Asked { tokens, left_out }).collect() };
             let best: Vec<u32> = ranked(&exact[0], &[]).iter().take(3).map(|f| f.entry).collect();
+            let (mut found, mut sought) = (0, 0);
             for left_out in [&[][..], &best] {
                 let wide = Catalogue { trie: &trie, beams: 400, normalize, length_penalty };
                 for (got, exact) in wide.search(&generator, &asked(left_out)).unwrap().iter().zip(&exact) {
@@ -212,8 +213,10 @@ fn enough_beams_find_what_exact_scores_find() {
                     let top: Vec<u32> = ranked(exact, left_out).iter().take(20).map(|f| f.entry).collect();
                     let shared = got.iter().filter(|f| top.contains(&f.entry)).count();
                     assert!(shared >= 10, "only {shared} of 20 in common");
+                    (found, sought) = (found + shared, sought + top.len());
                 }
             }
+            println!("{normalize:?}, length penalty {length_penalty}: 20 beams find {found} of {sought} that are best");
         }
     }
 }

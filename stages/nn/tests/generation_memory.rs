@@ -5,18 +5,14 @@ use grlm_nn::{
     qwen3::{Config, Qwen3},
 };
 
+mod common;
+use common::{peak, write_model};
+
 const BATCH: usize = 12;
 const PROMPT: usize = 200;
 const PREFIX: usize = 40;
 const BEAMS: usize = 16;
 const NEW: usize = 6;
-
-/// The most that this process ever had in memory, in bytes.
-fn peak() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches("kB").trim().parse::<usize>().ok()? * 1024)
-}
 
 fn config() -> Config {
     Config {
@@ -38,35 +34,10 @@ fn config() -> Config {
     }
 }
 
-/// Writes weights without ever holding them: one small pattern over and over.
-fn write_weights(folder: &std::path::Path) {
-    use std::io::Write;
-    let config = config();
-    std::fs::write(folder.join("config.json"), config.to_json("float32").to_string()).unwrap();
-    let (mut header, mut at) = (serde_json::Map::new(), 0);
-    for (name, shape) in config.tensors() {
-        let end = at + 4 * shape.iter().product::<usize>();
-        header.insert(name, serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": [at, end]}));
-        at = end;
-    }
-    let header = serde_json::Value::Object(header).to_string().into_bytes();
-    let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("model.safetensors")).unwrap());
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-    file.write_all(&header).unwrap();
-    let pattern: Vec<u8> = (0..251u32).flat_map(|i| ((i * 7919 % 251) as f32 / 2500.0 - 0.05).to_le_bytes()).collect();
-    let mut left = at;
-    while left > 0 {
-        let count = left.min(pattern.len());
-        file.write_all(&pattern[..count]).unwrap();
-        left -= count;
-    }
-    file.flush().unwrap();
-}
-
 #[test]
 fn the_formula_is_within_a_fifth_of_the_peak() {
     let folder = tempfile::tempdir().unwrap();
-    write_weights(folder.path());
+    write_model(folder.path(), &config().to_json("float32"), config().tensors());
     let token = |i: usize| (i.wrapping_mul(2_654_435_761) >> 7) as u32 % 24_000;
     let prompts: Vec<Vec<u32>> = (0..BATCH).map(|p| (0..PROMPT).map(|i| token(p * PROMPT + i)).collect()).collect();
     let tids: std::collections::BTreeSet<Vec<u32>> =

@@ -142,7 +142,10 @@ impl Hub {
         };
         match client.describe(repository, revision) {
             Ok(description) => {
-                folder.remember_commit(revision, &description.commit)?;
+                // A cache that cannot be written to serves as well, as long as the hub can be reached.
+                if let Err(error) = folder.remember_commit(revision, &description.commit) {
+                    tracing::warn!(repository, revision, %error, "the commit is not remembered");
+                }
                 Ok(description.commit)
             }
             Err(error @ StageError::Network { .. }) => match known {
@@ -195,7 +198,10 @@ impl Hub {
             before += file.size;
             progress(before, all)?;
         }
-        folder.mark_complete(commit)?;
+        // Everything is there: without the mark it is only looked at again next time.
+        if let Err(error) = folder.mark_complete(commit) {
+            tracing::warn!(repository, commit, %error, "the commit is not marked as complete");
+        }
         Ok(snapshot)
     }
 

@@ -2,7 +2,7 @@
 //! OpenAI's `/v1/embeddings`.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex},
 };
 
@@ -13,7 +13,7 @@ use super::{EmbeddingModel, Pooling};
 use crate::{
     StageContext, StageError,
     endpoint::{CallError, Endpoint, gather},
-    model_folder,
+    machine,
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
@@ -28,11 +28,8 @@ const PER_REQUEST: usize = 16;
 /// The parameter that names the model.
 pub const PLACE: &str = "encoder.model";
 
-/// The rows of an embedding: a text each. `folder` is the model's, where no server is asked.
-///
-/// # Errors
-/// A file of the folder cannot be read.
-pub fn job(model: &EmbeddingModel, folder: &Path, texts: &[String]) -> Result<RowJob, StageError> {
+/// The rows of an embedding: a text each. `identity` tells the model apart, where no server is asked.
+pub fn job(model: &EmbeddingModel, identity: &str, texts: &[String]) -> RowJob {
     let recipe = RowRecipe::new(NAMESPACE, ROW_VERSION);
     let (recipe, piece) = match &model.endpoint {
         // Not the address: the same model elsewhere is the same.
@@ -45,12 +42,12 @@ pub fn job(model: &EmbeddingModel, folder: &Path, texts: &[String]) -> Result<Ro
         ),
         None => {
             let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": "cpu"});
-            (recipe.text("model", &model_folder::digest(folder)?).json("settings", &settings), PIECE)
+            (recipe.text("model", identity).json("settings", &settings), PIECE)
         }
     };
     let keys = texts.iter().map(|text| recipe.row().text("text", text).key()).collect();
     let costs = texts.iter().map(|text| text.len() as u64).collect();
-    Ok(RowJob::new(NAMESPACE, "item", keys).batch(piece).costs(costs))
+    RowJob::new(NAMESPACE, "item", keys).batch(piece).costs(costs)
 }
 
 /// Unit vectors of texts.
@@ -72,11 +69,11 @@ pub fn embed(
     texts: &[String],
     max_failed_rows: usize,
 ) -> Result<Embedded, StageError> {
-    let folder = match &model.endpoint {
-        Some(_) => PathBuf::new(),
-        None => cx.model(PLACE, &model.name())?,
+    let (folder, identity) = match &model.endpoint {
+        Some(_) => (PathBuf::new(), String::new()),
+        None => (cx.model(PLACE, &model.name())?, cx.model_identity(PLACE, &model.name())?),
     };
-    let job = job(model, &folder, texts)?.max_failed_rows(max_failed_rows);
+    let job = job(model, &identity, texts).max_failed_rows(max_failed_rows);
     let rows = match &model.endpoint {
         Some(address) => {
             let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag())?;
@@ -88,6 +85,7 @@ pub fn embed(
             rows?
         }
         None => {
+            let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());
             // Devices of the CPU share one set of weights.
             let encoder: Mutex<Option<Arc<Encoder>>> = Mutex::default();
             let make = |device: RowDevice| {
@@ -98,7 +96,9 @@ pub fn embed(
                     None => {
                         let pooling = model.pooling.map(Into::into);
                         let load = || Encoder::load(&folder, pooling, model.max_tokens as usize);
-                        let encoder = Arc::new(pool.install(load)?);
+                        let encoder = pool.install(load)?;
+                        let tokens = tokens_at_once(|tokens| encoder.bytes_of_work(tokens), threads, out_of_memory);
+                        let encoder = Arc::new(encoder.with_tokens_at_once(tokens));
                         loaded.insert(encoder).clone()
                     }
                 };
@@ -123,6 +123,17 @@ pub fn embed(
         all.vectors.extend(values.iter().map(|bytes| f32::from_le_bytes(*bytes)));
     }
     Ok(all)
+}
+
+/// Tokens that each of `threads` threads takes together: fewer where half of the free memory does not hold their
+/// `work`, and half as many after every time that memory ran out.
+fn tokens_at_once(work: impl Fn(usize) -> usize, threads: usize, out_of_memory: u32) -> usize {
+    let mut tokens = (encoder::TOKENS_AT_ONCE >> out_of_memory.min(8)).max(1);
+    let Some(free) = machine::available_memory() else { return tokens };
+    while tokens > 1 && work(tokens) > free as usize / 2 / threads {
+        tokens /= 2;
+    }
+    tokens
 }
 
 fn bytes(vector: &[f32]) -> Vec<u8> {
@@ -225,6 +236,20 @@ impl From<Pooling> for encoder::Pooling {
             Pooling::Mean => Self::Mean,
             Pooling::Last => Self::Last,
             Pooling::Cls => Self::Cls,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_tokens_are_taken_together_where_memory_is_short() {
+        assert_eq!(tokens_at_once(|_| 0, 2, 0), encoder::TOKENS_AT_ONCE);
+        assert_eq!(tokens_at_once(|_| 0, 2, 2), encoder::TOKENS_AT_ONCE / 4);
+        if machine::available_memory().is_some() {
+            assert_eq!(tokens_at_once(|_| usize::MAX, 1, 0), 1);
         }
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Items are embedded by the `tfidf` encoder, or as rows by a model ([`embed`]): a folder or a server.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::collections::BTreeMap;
 
 use grlm_nn::nearest;
 use schemars::JsonSchema;
@@ -96,6 +96,9 @@ impl EmbeddingModel {
             issues.push(ParamIssue::new("encoder.max_tokens", "must be at least 1"));
         }
         issues.extend(self.endpoint_settings().check("encoder", self.endpoint.as_deref()));
+        if self.endpoint.is_none() && issues.is_empty() {
+            issues.extend(model_folder::issue(embed::PLACE, &self.name()));
+        }
         issues
     }
 
@@ -198,13 +201,13 @@ impl Stage for Similarity {
 
     fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
         let Method::Model(model) = &params.encoder else { return Ok(None) };
-        let folder = match &model.endpoint {
-            Some(_) => PathBuf::new(),
-            None if model_folder::is_at_hand(&model.name()) => cx.model(embed::PLACE, &model.name())?,
-            None => return Ok(None),
+        let identity = match &model.endpoint {
+            Some(_) => Some(String::new()),
+            None => cx.model_identity_at_hand(embed::PLACE, &model.name())?,
         };
+        let Some(identity) = identity else { return Ok(None) };
         let (texts, _) = texts(&items::read(cx.input("items")?)?, model, params.compat);
-        embed::job(&model.in_compat(params.compat), &folder, &texts).map(Some)
+        Ok(Some(embed::job(&model.in_compat(params.compat), &identity, &texts)))
     }
 
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
@@ -453,6 +456,7 @@ mod tests {
             (json!({"encoder": {"tfidf": {"max_df": 2}}}), "encoder.tfidf.max_df"),
             (json!({"encoder": "tfdif"}), "encoder"),
             (json!({"encoder": {"model": " "}}), "encoder.model"),
+            (json!({"encoder": {"model": "/no/such/folder"}}), "encoder.model"),
             (json!({"encoder": {"model": "m", "max_tokens": 0}}), "encoder.max_tokens"),
             (json!({"encoder": {"model": "m", "endpoint": "h:80"}}), "encoder.endpoint"),
         ] {

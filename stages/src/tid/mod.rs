@@ -121,7 +121,7 @@ impl Stage for Tid {
 
     fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
         let Method::Model(model) = &params.extractor else { return Ok(None) };
-        if model.endpoint.is_none() && !model_folder::is_at_hand(&model.name()) {
+        if model.endpoint.is_none() && cx.model_identity_at_hand(language::PLACE, &model.name())?.is_none() {
             return Ok(None);
         }
         let given = Given::read(params, cx)?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::llamafactory;
-use crate::{Compat, ParamIssue, artifact::ChatTemplate, generate::Normalize, hub::ModelName};
+use crate::{Compat, ParamIssue, artifact::ChatTemplate, generate::Normalize, model_folder};
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -568,10 +568,8 @@ impl Params {
             "under `normalize: allowed` only TIDs are learned",
         );
         refuse(new && self.model.is_some(), "model", "`method: scratch` starts from nothing");
-        if let Some(problem) = self.model.as_ref().and_then(|name| ModelName::parse(name).err()) {
-            refuse(true, "model", &problem);
-        }
         refuse(self.llamafactory.logging_steps == 0, "llamafactory.logging_steps", "must be at least 1");
+        issues.extend(self.model.as_ref().and_then(|name| model_folder::issue("model", name)));
         issues.extend(llamafactory::settings::check(self));
         issues
     }

@@ -1,17 +1,41 @@
-//! The innermost loop of products: a tile of up to 12 rows by 32 (or, for 1 and 2 rows, 128) columns held in
-//! registers, one fused multiply-add chain per element.
+//! The innermost loop of products: a tile of a few rows by one or several panels of 16 columns, held in registers, one
+//! fused multiply-add chain per element.
+//!
+//! Rows are read where they lie, an element of each at a time; only the matrix is packed. While a tile is computed, a
+//! part of the memory that comes next is asked for: panels stream through the caches, and waiting for them would cost
+//! more than anything else here.
 
 use super::{
     isa::{Isa, isa},
     panels::WIDTH,
 };
 
-/// Rows of the largest tile.
+/// Rows of the largest tile of any instruction set.
 pub const MAX_ROWS: usize = 12;
 
-/// Panels that a tile of this many rows takes at once: few rows alone would leave the multipliers waiting.
-pub const fn panels_at_once(rows: usize) -> usize {
-    if rows <= 2 { 4 } else { 1 }
+/// Inner indices for which one cache line is asked for.
+pub const INNER_PER_LINE: usize = 4;
+
+/// Rows of the largest tile whose sums all stay in this processor's registers.
+pub fn rows_at_once() -> usize {
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => 12,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => 6,
+        Isa::Portable => 6,
+    }
+}
+
+/// Panels that a tile of this many rows takes at once: few sums alone would leave the multipliers waiting.
+pub fn panels_at_once(rows: usize) -> usize {
+    match (isa(), rows) {
+        (_, 1) => 4,
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, _) => 2,
+        (_, 2 | 3) => 2,
+        _ => 1,
+    }
 }
 
 /// One tile of a product.
@@ -19,9 +43,11 @@ pub const fn panels_at_once(rows: usize) -> usize {
 pub struct Tile {
     /// Inner length.
     pub inner: usize,
-    /// Packed rows, `[inner, rows]`.
+    /// The first row's first element.
     pub a: *const f32,
-    /// The first panel, `[inner, 32]`.
+    /// Floats from one row to the next.
+    pub a_stride: usize,
+    /// The first panel, `[inner, 16]`, on a cache line.
     pub b: *const f32,
     /// Floats from one panel to the next.
     pub b_stride: usize,
@@ -31,9 +57,11 @@ pub struct Tile {
     pub c_stride: usize,
     /// Go on from what the result holds, instead of from 0.
     pub accumulate: bool,
+    /// Memory that will be read soon: `inner / 4` cache lines are asked for. Need not exist.
+    pub ahead: *const f32,
 }
 
-type Kernel = unsafe fn(Tile);
+pub type Kernel = unsafe fn(Tile);
 
 /// The kernel for tiles of `rows` rows and `panels` panels.
 ///
@@ -41,155 +69,95 @@ type Kernel = unsafe fn(Tile);
 /// On a tile that does not exist: a defect of the caller.
 pub fn kernel(rows: usize, panels: usize) -> Kernel {
     macro_rules! table {
-        ($module:ident) => {
+        ($module:ident: $(($rows:literal, $panels:literal))*) => {
             match (rows, panels) {
-                (1, 1) => $module::tile::<1, 1>,
-                (1, 4) => $module::tile::<1, 4>,
-                (2, 1) => $module::tile::<2, 1>,
-                (2, 4) => $module::tile::<2, 4>,
-                (3, 1) => $module::tile::<3, 1>,
-                (4, 1) => $module::tile::<4, 1>,
-                (5, 1) => $module::tile::<5, 1>,
-                (6, 1) => $module::tile::<6, 1>,
-                (7, 1) => $module::tile::<7, 1>,
-                (8, 1) => $module::tile::<8, 1>,
-                (9, 1) => $module::tile::<9, 1>,
-                (10, 1) => $module::tile::<10, 1>,
-                (11, 1) => $module::tile::<11, 1>,
-                (12, 1) => $module::tile::<12, 1>,
+                $(($rows, $panels) => $module::tile::<$rows, $panels>,)*
                 _ => unreachable!("no kernel for {rows} rows by {panels} panels"),
             }
         };
     }
     match isa() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => table!(avx512),
+        Isa::Avx512 => table!(avx512:
+            (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1) (9, 1) (10, 1) (11, 1) (12, 1)
+            (1, 4) (2, 2) (3, 2) (4, 2) (5, 2) (6, 2) (7, 2) (8, 2) (9, 2) (10, 2) (11, 2) (12, 2)),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => table!(avx2),
-        Isa::Portable => table!(portable),
+        Isa::Avx2 => table!(avx2: (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (1, 4) (2, 2) (3, 2)),
+        Isa::Portable => table!(portable: (1, 1) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (1, 4) (2, 2) (3, 2)),
     }
 }
 
-/// The kernel in terms of one instruction set's vectors of `LANES` floats: a part of a tile whose sums all stay in
-/// registers. How a tile is cut into such parts is the instruction set's own `tile`.
+/// The kernel in terms of one instruction set's vectors of `LANES` floats.
 #[cfg(target_arch = "x86_64")]
 macro_rules! vector_kernel {
     ($module:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
         mod $module {
             use std::arch::x86_64::*;
 
-            const VECTORS: usize = super::WIDTH / $lanes;
+            use super::{INNER_PER_LINE, Tile, WIDTH};
 
-            /// `R` rows from `row` on by `V` vectors from `vector` on, in each of `P` panels from `panel` on, of a
-            /// tile of `ROWS` rows.
-            ///
+            const VECTORS: usize = WIDTH / $lanes;
+
             /// # Safety
             /// The processor has the features; the tile's pointers are valid for the sizes it states.
             #[target_feature(enable = $features)]
-            unsafe fn part<const ROWS: usize, const R: usize, const V: usize, const P: usize>(
-                t: super::Tile,
-                row: usize,
-                panel: usize,
-                vector: usize,
-            ) {
-                // SAFETY: every address is inside the tile that the caller vouches for.
+            pub unsafe fn tile<const ROWS: usize, const PANELS: usize>(t: Tile) {
+                let mut acc = [[[$zero(); VECTORS]; PANELS]; ROWS];
+                // SAFETY: every address that is read or written is inside the tile that the caller vouches for;
+                // asking for memory ahead never faults.
                 unsafe {
-                    let c = t.c.add(row * t.c_stride + panel * super::WIDTH + vector * $lanes);
-                    let mut acc = [[[$zero(); V]; P]; R];
                     if t.accumulate {
                         for (row, acc) in acc.iter_mut().enumerate() {
                             for (panel, acc) in acc.iter_mut().enumerate() {
                                 for (v, acc) in acc.iter_mut().enumerate() {
-                                    *acc = $load(c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes));
+                                    *acc = $load(t.c.add(row * t.c_stride + panel * WIDTH + v * $lanes));
                                 }
                             }
                         }
                     }
-                    let mut a = t.a.add(row);
-                    let mut b = t.b.add(panel * t.b_stride + vector * $lanes);
-                    for _ in 0..t.inner {
-                        for panel in 0..P {
-                            let mut columns = [$zero(); V];
-                            for (v, column) in columns.iter_mut().enumerate() {
-                                *column = $load(b.add(panel * t.b_stride + v * $lanes));
-                            }
-                            for row in 0..R {
-                                let x = $splat(*a.add(row));
-                                for v in 0..V {
-                                    acc[row][panel][v] = $fma(x, columns[v], acc[row][panel][v]);
+                    let (mut a, mut b, mut ahead) = (t.a, t.b, t.ahead.cast::<i8>());
+                    macro_rules! link {
+                        ($k:expr) => {
+                            for panel in 0..PANELS {
+                                let mut columns = [$zero(); VECTORS];
+                                for (v, column) in columns.iter_mut().enumerate() {
+                                    *column = $load(b.add(panel * t.b_stride + $k * WIDTH + v * $lanes));
+                                }
+                                for row in 0..ROWS {
+                                    let x = $splat(*a.add(row * t.a_stride + $k));
+                                    for v in 0..VECTORS {
+                                        acc[row][panel][v] = $fma(x, columns[v], acc[row][panel][v]);
+                                    }
                                 }
                             }
-                        }
-                        a = a.add(ROWS);
-                        b = b.add(super::WIDTH);
+                        };
+                    }
+                    for _ in 0..t.inner / INNER_PER_LINE {
+                        _mm_prefetch(ahead, _MM_HINT_T0);
+                        ahead = ahead.wrapping_add(64);
+                        link!(0);
+                        link!(1);
+                        link!(2);
+                        link!(3);
+                        a = a.add(INNER_PER_LINE);
+                        b = b.add(INNER_PER_LINE * WIDTH);
+                    }
+                    for _ in 0..t.inner % INNER_PER_LINE {
+                        link!(0);
+                        a = a.add(1);
+                        b = b.add(WIDTH);
                     }
                     for (row, acc) in acc.iter().enumerate() {
                         for (panel, acc) in acc.iter().enumerate() {
                             for (v, acc) in acc.iter().enumerate() {
-                                $store(c.add(row * t.c_stride + panel * super::WIDTH + v * $lanes), *acc);
+                                $store(t.c.add(row * t.c_stride + panel * WIDTH + v * $lanes), *acc);
                             }
                         }
                     }
                 }
             }
-
-            /// # Safety
-            /// The processor has the features; the tile's pointers are valid for the sizes it states.
-            #[target_feature(enable = $features)]
-            pub unsafe fn tile<const ROWS: usize, const PANELS: usize>(t: super::Tile) {
-                // SAFETY: the parts that tiles are cut into lie inside them.
-                unsafe { super::cut::$module!(t, ROWS, PANELS) }
-            }
         }
     };
-}
-
-/// How each instruction set cuts a tile into parts.
-#[cfg(target_arch = "x86_64")]
-mod cut {
-    /// 32 registers hold the sums of the largest tile.
-    macro_rules! avx512 {
-        ($t:ident, $rows:ident, $panels:ident) => {
-            part::<$rows, $rows, VECTORS, $panels>($t, 0, 0, 0)
-        };
-    }
-
-    /// 16 registers hold 12 sums beside a row's element and the columns; fewer than 8 sums would leave the
-    /// multipliers waiting for each other.
-    macro_rules! avx2 {
-        ($t:ident, $rows:ident, $panels:ident) => {{
-            if $rows == 1 && $panels > 1 {
-                for panel in (0..$panels).step_by(2) {
-                    part::<$rows, 1, VECTORS, 2>($t, 0, panel, 0);
-                }
-                return;
-            }
-            for panel in 0..$panels {
-                match $rows {
-                    1 => part::<$rows, 1, VECTORS, 1>($t, 0, panel, 0),
-                    2 => part::<$rows, 2, VECTORS, 1>($t, 0, panel, 0),
-                    3 => part::<$rows, 3, VECTORS, 1>($t, 0, panel, 0),
-                    _ => {}
-                }
-                if $rows <= 3 {
-                    continue;
-                }
-                for vector in (0..VECTORS).step_by(2) {
-                    let first = if $rows <= 6 { $rows } else { $rows.div_ceil(2) };
-                    for (row, height) in [(0, first), (first, $rows - first)] {
-                        match height {
-                            0 => {}
-                            3 => part::<$rows, 3, 2, 1>($t, row, panel, vector),
-                            4 => part::<$rows, 4, 2, 1>($t, row, panel, vector),
-                            5 => part::<$rows, 5, 2, 1>($t, row, panel, vector),
-                            _ => part::<$rows, 6, 2, 1>($t, row, panel, vector),
-                        }
-                    }
-                }
-            }
-        }};
-    }
-    pub(super) use {avx2, avx512};
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -232,7 +200,7 @@ mod portable {
                         std::ptr::copy_nonoverlapping(c, acc.as_mut_ptr(), WIDTH);
                     }
                     for k in 0..t.inner {
-                        let x = *t.a.add(k * ROWS + row);
+                        let x = *t.a.add(row * t.a_stride + k);
                         let b = t.b.add(panel * t.b_stride + k * WIDTH);
                         for (lane, acc) in acc.iter_mut().enumerate() {
                             *acc = x.mul_add(*b.add(lane), *acc);
@@ -249,50 +217,59 @@ mod portable {
 mod tests {
     use super::*;
 
-    fn run(tile: Kernel, rows: usize, panels: usize, a: &[f32], b: &[f32], accumulate: bool) -> Vec<f32> {
-        let inner = a.len() / rows;
+    /// A tile over rows of `inner + 3` floats.
+    fn run(tile: Kernel, rows: usize, panels: usize, inner: usize, accumulate: bool) -> Vec<f32> {
+        let noise = |i: usize| ((i as f32 * 12.9898).sin() * 43758.547).fract();
+        let a_stride = inner + 3;
+        let a: Vec<f32> = (0..rows * a_stride).map(noise).collect();
+        let b: Vec<f32> = (0..inner * panels * WIDTH).map(|i| noise(i + 991)).collect();
         let c_stride = panels * WIDTH;
         let mut c: Vec<f32> = (0..rows * c_stride).map(|i| i as f32 * 0.01).collect();
-        let b_stride = inner * WIDTH;
-        // SAFETY: `a` is `[inner, rows]`, `b` is `[panels, inner, 32]`, `c` is `[rows, panels × 32]`.
-        unsafe {
-            tile(Tile { inner, a: a.as_ptr(), b: b.as_ptr(), b_stride, c: c.as_mut_ptr(), c_stride, accumulate });
-        }
+        let t = Tile {
+            inner,
+            a: a.as_ptr(),
+            a_stride,
+            b: b.as_ptr(),
+            b_stride: inner * WIDTH,
+            c: c.as_mut_ptr(),
+            c_stride,
+            accumulate,
+            ahead: std::ptr::null(),
+        };
+        // SAFETY: `a` is `[rows, inner + 3]`, `b` is `[panels, inner, 16]`, `c` is `[rows, panels × 16]`.
+        unsafe { tile(t) };
         c
     }
 
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_portable_kernel() {
-        let noise = |i: usize| ((i as f32 * 12.9898).sin() * 43758.547).fract();
         for inner in [1, 7, 40] {
             for accumulate in [false, true] {
                 macro_rules! check {
-                    ($rows:literal, $panels:literal) => {
-                        let a: Vec<f32> = (0..inner * $rows).map(noise).collect();
-                        let b: Vec<f32> = (0..inner * $panels * WIDTH).map(|i| noise(i + 991)).collect();
-                        let wanted = run(portable::tile::<$rows, $panels>, $rows, $panels, &a, &b, accumulate);
-                        assert_eq!(run(kernel($rows, $panels), $rows, $panels, &a, &b, accumulate), wanted);
+                    ($(($rows:literal, $panels:literal))*) => {$(
+                        let wanted = run(portable::tile::<$rows, $panels>, $rows, $panels, inner, accumulate);
                         #[cfg(target_arch = "x86_64")]
                         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                            assert_eq!(run(avx2::tile::<$rows, $panels>, $rows, $panels, &a, &b, accumulate), wanted);
+                            assert_eq!(run(avx2::tile::<$rows, $panels>, $rows, $panels, inner, accumulate), wanted);
                         }
-                    };
+                        #[cfg(target_arch = "x86_64")]
+                        if is_x86_feature_detected!("avx512f") {
+                            assert_eq!(run(avx512::tile::<$rows, $panels>, $rows, $panels, inner, accumulate), wanted);
+                        }
+                        assert!(!wanted.is_empty());
+                    )*};
                 }
-                check!(1, 1);
-                check!(1, 4);
-                check!(2, 1);
-                check!(2, 4);
-                check!(3, 1);
-                check!(4, 1);
-                check!(5, 1);
-                check!(6, 1);
-                check!(7, 1);
-                check!(8, 1);
-                check!(9, 1);
-                check!(10, 1);
-                check!(11, 1);
-                check!(12, 1);
+                check!((1, 1)(2, 1)(3, 1)(4, 1)(5, 1)(6, 1)(7, 1)(9, 1)(12, 1));
+                check!((1, 4)(2, 2)(3, 2)(4, 2)(8, 2)(11, 2)(12, 2));
             }
+        }
+    }
+
+    #[test]
+    fn there_is_a_kernel_for_every_tile_that_is_asked_for() {
+        for rows in 1..=rows_at_once() {
+            assert_eq!(run(kernel(rows, panels_at_once(rows)), rows, panels_at_once(rows), 5, false).len() % WIDTH, 0);
+            assert_eq!(run(kernel(rows, 1), rows, 1, 5, true).len(), rows * WIDTH);
         }
     }
 }

@@ -5,14 +5,16 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::{
-    kernel::{MAX_ROWS, Tile, kernel, panels_at_once},
+    kernel::{INNER_PER_LINE, Kernel, MAX_ROWS, Tile, kernel, panels_at_once, rows_at_once},
     panels::{PanelsView, WIDTH},
 };
 
-/// Inner indices whose packed rows and panel stay in the first-level cache.
+/// Inner indices whose part of a panel stays in the first-level cache, beside the part that comes next.
 const INNER_BLOCK: usize = 256;
-/// Floats of packed rows that stay in the second-level cache.
-const ROWS_BLOCK: usize = 1 << 16;
+/// Rows that are multiplied by a panel while it is there: their inner block stays in the second-level cache.
+const ROWS_BLOCK: usize = 240;
+/// Rows this many floats apart, or a multiple of it, share a few lines of the caches, and displace each other.
+const BAD_STRIDE: usize = 512;
 /// Multiply-adds below which a second thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 19;
 
@@ -59,7 +61,7 @@ impl Shared {
 }
 
 thread_local! {
-    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static COPIED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `out[r, c] = Σ_k x[r, k] · w[k, c]` for all rows of `x` and columns of `w`; with [`Accumulate::Yes`] the sum goes
@@ -69,7 +71,7 @@ thread_local! {
 /// When a slice is shorter than its stated shape: a defect of the caller.
 pub fn matmul(x: Rows, w: PanelsView, out: RowsMut, accumulate: Accumulate, threads: usize) {
     let (rows, inner, cols) = (x.rows, w.inner(), w.cols());
-    if rows == 0 || cols == 0 {
+    if rows == 0 || cols == 0 || inner == 0 {
         return;
     }
     assert!((rows - 1) * x.stride + inner <= x.data.len(), "rows are shorter than the inner dimension");
@@ -113,84 +115,108 @@ fn block(
     panel_range: (usize, usize),
 ) {
     let inner = w.inner();
-    let rows_at_once = (ROWS_BLOCK / inner.max(1) / MAX_ROWS).max(1) * MAX_ROWS;
-    PACKED.with_borrow_mut(|packed| {
-        let mut row = row_range.0;
-        while row < row_range.1 {
-            let count = rows_at_once.min(row_range.1 - row);
-            pack(x, row, count, inner, packed);
+    let (rows, most) = (row_range.1 - row_range.0, rows_at_once());
+    // A single tile uses every panel once: nothing is gained by leaving one halfway.
+    let depth = if rows <= most { inner } else { INNER_BLOCK };
+    let copied = rows > 2 * most && x.stride.is_multiple_of(BAD_STRIDE);
+    let blocks = rows.div_ceil(ROWS_BLOCK).max(1);
+    for index in 0..blocks {
+        let (first, end) = piece(rows, blocks, index);
+        let first = row_range.0 + first;
+        let count = row_range.0 + end - first;
+        for start in (0..inner).step_by(depth.max(1)) {
+            let length = depth.min(inner - start);
             // SAFETY: `matmul` checked the sizes, and gives every element of `out` to one task.
-            unsafe {
-                multiply(packed, count, w, out.add(row * out_stride), out_stride, accumulate, panel_range);
+            let run = |a: *const f32, a_stride: usize| unsafe {
+                let rows = RowsBlock { a, a_stride, count, start, length };
+                multiply(rows, w, out.add(first * out_stride), out_stride, accumulate || start > 0, panel_range);
+            };
+            let source = &x.data[first * x.stride + start..];
+            if copied {
+                COPIED.with_borrow_mut(|copy| run(copy_rows(source, x.stride, count, length, copy), length + WIDTH));
+            } else {
+                run(source.as_ptr(), x.stride);
             }
-            row += count;
-        }
-    });
-}
-
-/// Packs `count` rows from `first` into blocks of inner indices, and in them tiles `[inner, rows of the tile]`.
-fn pack(x: Rows, first: usize, count: usize, inner: usize, packed: &mut Vec<f32>) {
-    packed.resize(count * inner, 0.0);
-    let mut at = 0;
-    for start in (0..inner).step_by(INNER_BLOCK) {
-        let length = INNER_BLOCK.min(inner - start);
-        for tile in (0..count).step_by(MAX_ROWS) {
-            let height = MAX_ROWS.min(count - tile);
-            let target = &mut packed[at..at + height * length];
-            for r in 0..height {
-                let from = (first + tile + r) * x.stride + start;
-                for (slot, value) in target[r..].iter_mut().step_by(height).zip(&x.data[from..from + length]) {
-                    *slot = *value;
-                }
-            }
-            at += height * length;
         }
     }
 }
 
-/// # Safety
-/// `packed` holds `count` packed rows as long as `w` is high; `out` is valid for `count` rows of `w`'s columns, and
-/// nothing else writes the columns of `panel_range` meanwhile.
-unsafe fn multiply(
-    packed: &[f32],
+/// Copies the first `length` floats of `count` rows, a little apart from each other; returns where they are.
+fn copy_rows(source: &[f32], stride: usize, count: usize, length: usize, copy: &mut Vec<f32>) -> *const f32 {
+    let apart = length + WIDTH;
+    if copy.len() < count * apart {
+        copy.resize(count * apart, 0.0);
+    }
+    for (to, from) in copy.chunks_exact_mut(apart).zip(source.chunks(stride)).take(count) {
+        to[..length].copy_from_slice(&from[..length]);
+    }
+    copy.as_ptr()
+}
+
+/// An inner block of some rows.
+#[derive(Clone, Copy)]
+struct RowsBlock {
+    a: *const f32,
+    a_stride: usize,
+    /// Rows.
     count: usize,
+    /// The block's inner indices.
+    start: usize,
+    length: usize,
+}
+
+/// # Safety
+/// `rows` are valid for their count and length, and their inner indices lie in `w`; `out` is valid for as many rows of
+/// `w`'s columns, and nothing else writes the columns of `panel_range` meanwhile.
+unsafe fn multiply(
+    rows: RowsBlock,
     w: PanelsView,
     out: *mut f32,
     out_stride: usize,
     accumulate: bool,
     panel_range: (usize, usize),
 ) {
-    let (inner, cols) = (w.inner(), w.cols());
-    if inner == 0 {
-        return;
-    }
+    let cols = w.cols();
     let full = cols / WIDTH;
-    // All tiles but the last have `MAX_ROWS` rows; a small batch has one tile only, and may take several panels.
-    let wide = if count <= MAX_ROWS { panels_at_once(count) } else { 1 };
+    let tiles = rows.count.div_ceil(rows_at_once());
+    // Rows are shared out evenly: the first tiles have one more than the others.
+    let (low, high) = (rows.count / tiles, rows.count.div_ceil(tiles));
+    let wide = panels_at_once(high);
+    let (several, single): ([Kernel; 2], [Kernel; 2]) =
+        ([kernel(low, wide), kernel(high, wide)], [kernel(low, 1), kernel(high, 1)]);
     let mut panel = panel_range.0;
     while panel < panel_range.1 {
         let together = if panel + wide <= panel_range.1.min(full) { wide } else { 1 };
-        for start in (0..inner).step_by(INNER_BLOCK) {
-            let length = INNER_BLOCK.min(inner - start);
-            let go_on = accumulate || start > 0;
-            let b = w.panel(panel)[start * WIDTH..].as_ptr();
-            for tile in (0..count).step_by(MAX_ROWS) {
-                let height = MAX_ROWS.min(count - tile);
-                let a = packed[start * count + tile * length..].as_ptr();
-                let run = kernel(height, together);
-                // SAFETY: the tile lies inside `packed`, `w` and `out` by the sizes above; a panel that is only
-                // partly filled goes through a buffer of its own.
-                unsafe {
-                    let c = out.add(tile * out_stride + panel * WIDTH);
-                    let t =
-                        Tile { inner: length, a, b, b_stride: w.stride(), c, c_stride: out_stride, accumulate: go_on };
-                    if panel < full {
-                        run(t);
-                    } else {
-                        partial(run, t, height, cols - full * WIDTH);
-                    }
+        let kernels = if together == wide { several } else { single };
+        let b = w.panel(panel)[rows.start * WIDTH..].as_ptr();
+        let ahead = b.wrapping_add(together * w.stride());
+        let mut first = 0;
+        for tile in 0..tiles {
+            let higher = usize::from(tile < rows.count - low * tiles);
+            let height = low + higher;
+            // Each of the first tiles asks for its part of the next panel.
+            let share = tile % INNER_PER_LINE * (rows.length / INNER_PER_LINE) * WIDTH;
+            // SAFETY: the tile lies inside the rows, `w` and `out` by the sizes above; a panel that is only partly
+            // filled goes through a buffer of its own.
+            unsafe {
+                let t = Tile {
+                    inner: rows.length,
+                    a: rows.a.add(first * rows.a_stride),
+                    a_stride: rows.a_stride,
+                    b,
+                    b_stride: w.stride(),
+                    c: out.add(first * out_stride + panel * WIDTH),
+                    c_stride: out_stride,
+                    accumulate,
+                    ahead: ahead.wrapping_add(share),
+                };
+                if panel < full {
+                    kernels[higher](t);
+                } else {
+                    partial(kernels[higher], t, height, cols - full * WIDTH);
                 }
             }
+            first += height;
         }
         panel += together;
     }

@@ -36,6 +36,16 @@ fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     add_lanes(lanes)
 }
 
+/// A part of a row that is too short for all lanes.
+#[inline(always)]
+fn padded(rest: &[f32], with: f32) -> [f32; LANES] {
+    let mut lanes = [with; LANES];
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane = *value;
+    }
+    lanes
+}
+
 #[inline(always)]
 fn max_of(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -46,11 +56,17 @@ fn max_of(values: &[f32]) -> f32 {
             *lane = if *value > *lane { *value } else { *lane };
         }
     }
-    let mut max = f32::NEG_INFINITY;
-    for value in lanes.iter().chain(rest) {
-        max = if *value > max { *value } else { max };
+    for (lane, value) in lanes.iter_mut().zip(rest) {
+        *lane = if *value > *lane { *value } else { *lane };
     }
-    max
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// eˣ within 2 units in the last place for −87 ≤ x ≤ 88, 0 below: Cody and Waite's reduction by ln 2, then a
@@ -124,27 +140,30 @@ for_every_isa! {
 }
 
 for_every_isa! {
-    /// [`rms_norm`] of one head in place, then its rotary position (`cos`, `sin`: half a head long, the halves of a
-    /// head are the pairs), then times `scale`.
-    pub fn norm_and_rotate(head: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32], scale: f32) {
-        let inverse = scale / (sum_of(head, |v| v * v) / head.len() as f32 + eps).sqrt();
-        let half = head.len() / 2;
-        let (first, second) = head.split_at_mut(half);
+    /// [`rms_norm`] of each of the heads (as long as `weight`) in place, then their rotary position (`cos`, `sin`: half
+    /// a head long, the halves of a head are the pairs), then times `scale`.
+    pub fn norm_and_rotate(heads: &mut [f32], weight: &[f32], eps: f32, cos: &[f32], sin: &[f32], scale: f32) {
+        let half = weight.len() / 2;
         let (weight_first, weight_second) = weight.split_at(half);
-        for i in 0..half.min(second.len()).min(cos.len()).min(sin.len()) {
-            let (a, b) = (first[i] * inverse * weight_first[i], second[i] * inverse * weight_second[i]);
-            first[i] = a * cos[i] - b * sin[i];
-            second[i] = b * cos[i] + a * sin[i];
+        for head in heads.chunks_exact_mut(weight.len()) {
+            let inverse = scale / (sum_of(head, |v| v * v) / head.len() as f32 + eps).sqrt();
+            let (first, second) = head.split_at_mut(half);
+            for i in 0..half.min(second.len()).min(cos.len()).min(sin.len()) {
+                let (a, b) = (first[i] * inverse * weight_first[i], second[i] * inverse * weight_second[i]);
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
+            }
         }
     }
 }
 
 for_every_isa! {
-    /// `out = silu(gate) · up`, where a row of `gate_up` holds both side by side, each `width` long.
-    pub fn gate(gate_up: &[f32], width: usize, out: &mut [f32]) {
-        for (both, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+    /// `out = silu(gate) · up`, where a row of `gate_up` holds both side by side, each `width` long, and the rows of
+    /// `out` are `stride` apart.
+    pub fn gate(gate_up: &[f32], width: usize, out: &mut [f32], stride: usize) {
+        for (both, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_mut(stride)) {
             let (gate, up) = both.split_at(width);
-            for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+            for ((out, g), u) in out[..width].iter_mut().zip(gate).zip(up) {
                 *out = g / (1.0 + exp(-g)) * u;
             }
         }
@@ -198,10 +217,21 @@ for_every_isa! {
     /// Softmax in place.
     pub fn softmax(row: &mut [f32]) {
         let max = max_of(row);
-        for value in row.iter_mut() {
-            *value = exp(*value - max);
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = row.as_chunks_mut::<LANES>();
+        for chunk in whole {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *value = exp(*value - max);
+                *lane += *value;
+            }
         }
-        let scale = 1.0 / sum_of(row, |v| v);
+        let mut last = padded(rest, f32::NEG_INFINITY);
+        for (lane, value) in lanes.iter_mut().zip(&mut last) {
+            *value = exp(*value - max);
+            *lane += *value;
+        }
+        rest.copy_from_slice(&last[..rest.len()]);
+        let scale = 1.0 / add_lanes(lanes);
         for value in row.iter_mut() {
             *value *= scale;
         }
@@ -211,8 +241,35 @@ for_every_isa! {
 for_every_isa! {
     /// The largest value of a row and `Σ exp(value − largest)`.
     pub fn max_and_sum_exp(row: &[f32]) -> (f32, f32) {
-        let max = max_of(row);
-        (max, sum_of(row, |v| exp(v - max)))
+        let mut whole = LogSumExp::default();
+        add_part(&mut whole, row);
+        (whole.max, add_lanes(whole.lanes))
+    }
+}
+
+for_every_isa! {
+    /// Takes the next part of a row into its sum.
+    fn add_part(sum: &mut LogSumExp, part: &[f32]) {
+        let max = max_of(part);
+        if max > sum.max {
+            let scale = exp(sum.max - max);
+            for lane in &mut sum.lanes {
+                *lane *= scale;
+            }
+            sum.max = max;
+        }
+        if sum.max == f32::NEG_INFINITY {
+            return;
+        }
+        let (whole, rest) = part.as_chunks::<LANES>();
+        for chunk in whole {
+            for (lane, value) in sum.lanes.iter_mut().zip(chunk) {
+                *lane += exp(value - sum.max);
+            }
+        }
+        for (lane, value) in sum.lanes.iter_mut().zip(padded(rest, f32::NEG_INFINITY)) {
+            *lane += exp(value - sum.max);
+        }
     }
 }
 
@@ -257,28 +314,23 @@ for_every_isa! {
 #[derive(Debug, Clone, Copy)]
 pub struct LogSumExp {
     max: f32,
-    sum: f32,
+    /// The sum so far, of `exp(value − max)`.
+    lanes: [f32; LANES],
 }
 
 impl Default for LogSumExp {
     fn default() -> Self {
-        Self { max: f32::NEG_INFINITY, sum: 0.0 }
+        Self { max: f32::NEG_INFINITY, lanes: [0.0; LANES] }
     }
 }
 
 impl LogSumExp {
     pub fn add(&mut self, part: &[f32]) {
-        let (max, sum) = max_and_sum_exp(part);
-        if max > self.max {
-            self.sum = self.sum * (self.max - max).exp() + sum;
-            self.max = max;
-        } else if max > f32::NEG_INFINITY {
-            self.sum += sum * (max - self.max).exp();
-        }
+        add_part(self, part);
     }
 
     pub fn value(&self) -> f32 {
-        self.max + self.sum.ln()
+        self.max + add_lanes(self.lanes).ln()
     }
 }
 

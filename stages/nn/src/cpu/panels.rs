@@ -1,11 +1,11 @@
-//! Matrices packed for products: columns in panels of 32, so that the kernel reads memory in order.
+//! Matrices packed for products: columns in panels of 16, so that the kernel reads memory in order.
 //!
-//! A matrix `[inner, cols]` is stored as `ceil(cols / 32)` panels; a panel holds, for every inner index, its 32
+//! A matrix `[inner, cols]` is stored as `ceil(cols / 16)` panels; a panel holds, for every inner index, its 16
 //! columns side by side (the last panel is filled up with zeros). Weights are packed when a model is loaded; keys
 //! and values are written straight into this form, so that attention is the same product.
 
 /// Columns of a panel.
-pub const WIDTH: usize = 32;
+pub const WIDTH: usize = 16;
 
 /// A cache line, so that panels begin on one.
 #[derive(Clone, Copy)]
@@ -60,7 +60,7 @@ impl Panels {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16) }
     }
 
-    /// One mutable slice `[inner, 32]` per panel.
+    /// One mutable slice `[inner, 16]` per panel.
     pub fn panels_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let size = self.inner * WIDTH;
         self.data_mut().chunks_exact_mut(size.max(1))
@@ -110,7 +110,7 @@ impl<'a> PanelsView<'a> {
         self.cols
     }
 
-    /// The memory of panel `index`, `[inner, 32]`.
+    /// The memory of panel `index`, `[inner, 16]`.
     #[inline]
     pub fn panel(&self, index: usize) -> &'a [f32] {
         let start = index * self.stride;
@@ -141,7 +141,7 @@ mod tests {
             by_columns.set_column(c, &(0..inner).map(|i| value(i, c)).collect::<Vec<_>>());
         }
         assert_eq!(by_rows.data(), by_columns.data());
-        assert_eq!(by_rows.view().panel(2)[WIDTH + 5], value(1, 69));
+        assert_eq!(by_rows.view().panel(4)[WIDTH + 5], value(1, 69));
         assert_eq!(by_rows.view().columns(64, 70).panel(0)[WIDTH + 5], value(1, 69));
         assert_eq!(by_rows.data().as_ptr() as usize % 64, 0);
     }

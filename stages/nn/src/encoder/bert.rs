@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Query positions that are taken together, which bounds the memory for scores.
-const POSITIONS_AT_ONCE: usize = 64;
+pub(super) const POSITIONS_AT_ONCE: usize = 64;
 
 /// A BERT ready to compute.
 pub struct Bert {

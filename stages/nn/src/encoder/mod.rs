@@ -17,6 +17,7 @@ use crate::{
 
 mod bert;
 mod config;
+pub mod memory;
 mod settings;
 
 pub use bert::Bert;
@@ -24,7 +25,7 @@ pub use config::{Activation, BertConfig};
 
 /// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
 /// enough for what lies between them to stay in the cache.
-const TOKENS_AT_ONCE: usize = 512;
+pub const TOKENS_AT_ONCE: usize = 512;
 
 /// How the vectors of a text's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +43,9 @@ pub struct Encoder {
     network: Network,
     tokenizer: Tokenizer,
     pooling: Pooling,
+    /// Tokens of the longest text.
+    longest: usize,
+    tokens_at_once: usize,
 }
 
 enum Network {
@@ -63,7 +67,7 @@ impl Encoder {
             None => settings::pooling(folder)?,
         };
         let (network, default, positions) = if is_qwen3(folder)? {
-            let model = Qwen3::load(folder)?;
+            let model = Qwen3::load_encoder(folder)?;
             let positions = model.config().max_positions;
             (Network::Qwen3(Box::new(model)), Pooling::Last, positions)
         } else {
@@ -71,8 +75,25 @@ impl Encoder {
             let positions = model.config().max_tokens();
             (Network::Bert(Box::new(model)), Pooling::Mean, positions)
         };
-        let tokenizer = tokenizer(folder, max_tokens.min(positions))?;
-        Ok(Self { network, tokenizer, pooling: named.unwrap_or(default) })
+        let longest = max_tokens.min(positions);
+        let tokenizer = tokenizer(folder, longest)?;
+        let pooling = named.unwrap_or(default);
+        Ok(Self { network, tokenizer, pooling, longest, tokens_at_once: TOKENS_AT_ONCE })
+    }
+
+    /// Lets a thread take so many tokens (or one text) through the network together; fewer take less memory, and
+    /// change no result.
+    pub fn with_tokens_at_once(mut self, tokens: usize) -> Self {
+        self.tokens_at_once = tokens.max(1);
+        self
+    }
+
+    /// What a thread has in memory beside the weights, with so many tokens at once; in bytes.
+    pub fn bytes_of_work(&self, tokens_at_once: usize) -> usize {
+        match &self.network {
+            Network::Qwen3(model) => memory::qwen3_work(model.config(), tokens_at_once, self.longest),
+            Network::Bert(model) => memory::bert_work(model.config(), tokens_at_once, self.longest),
+        }
     }
 
     pub fn pooling(&self) -> Pooling {
@@ -104,7 +125,7 @@ impl Encoder {
     /// As [`Encoder::tokens`]; a token that the model has not.
     pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
         let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
-        let groups = groups(&tokens, threads);
+        let groups = groups(&tokens, threads, self.tokens_at_once);
         // One thread a group wastes nothing; only a lone group is worth the others' help.
         let each = if groups.len() < threads { threads } else { 1 };
         let vectors: Vec<Vec<Vec<f32>>> =
@@ -138,10 +159,10 @@ impl Encoder {
     }
 }
 
-/// Parts of at most [`TOKENS_AT_ONCE`] tokens, or of one text, and enough of them for all threads.
-fn groups(texts: &[Vec<u32>], threads: usize) -> Vec<&[Vec<u32>]> {
+/// Parts of at most `at_once` tokens, or of one text, and enough of them for all threads.
+fn groups(texts: &[Vec<u32>], threads: usize, at_once: usize) -> Vec<&[Vec<u32>]> {
     let total: usize = texts.iter().map(Vec::len).sum();
-    let limit = TOKENS_AT_ONCE.min(total.div_ceil(threads.max(1)));
+    let limit = at_once.min(total.div_ceil(threads.max(1)));
     let mut groups = Vec::new();
     let mut rest = texts;
     while !rest.is_empty() {
@@ -230,9 +251,9 @@ mod tests {
     #[test]
     fn groups_hold_all_texts_in_order() {
         let texts: Vec<Vec<u32>> = [600, 10, 500, 2, 0, 511, 1, 1].iter().map(|n| vec![0; *n]).collect();
-        let lengths = |threads| groups(&texts, threads).iter().map(|g| g.len()).collect::<Vec<_>>();
+        let lengths = |threads| groups(&texts, threads, 512).iter().map(|g| g.len()).collect::<Vec<_>>();
         assert_eq!(lengths(1), [1, 4, 2, 1]);
-        assert_eq!(groups(&texts[1..4], 4).len(), 3);
-        assert!(groups(&[], 2).is_empty());
+        assert_eq!(groups(&texts[1..4], 4, 512).len(), 3);
+        assert!(groups(&[], 2, 512).is_empty());
     }
 }

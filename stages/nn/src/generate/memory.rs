@@ -3,8 +3,8 @@
 //! ```text
 //! peak = weights + prefix + threads × (batch × prompt + work)
 //!
-//! weights = packed matrices (columns filled up to 32) and vectors in f32, and the mapped embeddings
-//! prefix  = keys and values of the shared beginning: 2 × layers × tokens × kv_width × 4 (keys filled up to 32 tokens)
+//! weights = packed matrices (columns filled up to 16) and vectors in f32, and the mapped embeddings
+//! prefix  = keys and values of the shared beginning: 2 × layers × tokens × kv_width × 4 (keys filled up to 16 tokens)
 //! prompt  = the same for the tokens behind it, and for every token that beams generate
 //! work    = what lies between the products, for the rows that go through the network at once
 //! ```
@@ -14,7 +14,7 @@
 use super::{Trie, session::ROWS_AT_ONCE};
 use crate::{
     cpu::WIDTH,
-    qwen3::{Branches, Config, HEAD_CHUNK, Segment},
+    qwen3::{Branches, Config, GATES_AT_ONCE, HEAD_CHUNK, LOGITS_AT_ONCE, POSITIONS_AT_ONCE, Segment},
 };
 
 const FLOAT: usize = size_of::<f32>();
@@ -49,9 +49,10 @@ pub fn prompt(config: &Config, length: usize, slots: usize) -> usize {
 pub fn work(config: &Config, longest: usize) -> usize {
     let rows = ROWS_AT_ONCE.max(longest);
     let (q, kv) = (config.query_width(), config.kv_width());
-    let row =
-        4 * config.hidden_size + 3 * q + 4 * kv + 3 * config.intermediate_size + HEAD_CHUNK.min(config.vocab_size);
-    rows * row * FLOAT
+    let row = 4 * config.hidden_size + 2 * q + 2 * kv + config.intermediate_size;
+    let gates = (2 * GATES_AT_ONCE).max(8 * WIDTH * rows).min(2 * config.intermediate_size * rows);
+    let logits = LOGITS_AT_ONCE.max(HEAD_CHUNK * ROWS_AT_ONCE).min(config.vocab_size * ROWS_AT_ONCE);
+    (rows * row + gates + logits + POSITIONS_AT_ONCE * longest) * FLOAT
 }
 
 /// Tokens that beams over a catalogue can generate for one prompt.

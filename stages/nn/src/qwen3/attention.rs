@@ -1,11 +1,15 @@
-//! Grouped-query attention for one head of keys and values: the queries that share it are rows of one product.
+//! Grouped-query attention for one head of keys and values: for each of the query heads that share it, the positions
+//! (or beams) are the rows of one product. Queries are read, and results written, where they lie.
 
-use super::kv::{HeadKv, SlotKv};
+use super::{
+    kv::{HeadKv, SlotKv},
+    work::room,
+};
 use crate::cpu::{Accumulate, Rows, RowsMut, matmul, ops};
 
 /// Query positions of a prompt that are taken together; it bounds the memory for scores, and how much of the
 /// future is computed in vain.
-pub const POSITIONS_AT_ONCE: usize = 32;
+pub const POSITIONS_AT_ONCE: usize = 48;
 
 /// The heads of this attention inside rows of queries and keys.
 #[derive(Clone, Copy)]
@@ -13,8 +17,6 @@ pub struct Shape {
     /// Query heads that share this head of keys and values.
     pub group: usize,
     pub head_dim: usize,
-    /// Width of a row of queries: all heads.
-    pub query_width: usize,
     /// Width of a row of keys (or values) of a slot.
     pub kv_width: usize,
     /// Which head of keys and values this is.
@@ -22,132 +24,147 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn group_width(&self) -> usize {
-        self.group * self.head_dim
-    }
-
-    /// This group's part of a row of queries.
-    fn of_row<'a>(&self, queries: &'a [f32], row: usize) -> &'a [f32] {
-        let start = row * self.query_width + self.head * self.group_width();
-        &queries[start..start + self.group_width()]
+    /// Where the group's queries begin in a row of all heads.
+    pub fn first_query(&self) -> usize {
+        self.head * self.group * self.head_dim
     }
 }
 
-/// Buffers that are used again from call to call.
-#[derive(Default)]
-pub struct Buffers {
-    queries: Vec<f32>,
-    scores: Vec<f32>,
+/// Rows that begin with the queries of all heads, already scaled.
+#[derive(Clone, Copy)]
+pub struct Queries<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
 }
 
-/// Attention of a prompt's own tokens: `queries` (rows of all heads, already scaled) see the segments in `before`
-/// whole, and of `own` themselves and what is before them. Returns `[rows, group × head_dim]`.
-pub fn over_prompt(shape: Shape, queries: &[f32], before: &[&HeadKv], own: &HeadKv, buffers: &mut Buffers) -> Vec<f32> {
-    let rows = queries.len() / shape.query_width;
-    let mut out = vec![0.0; rows * shape.group_width()];
-    let earlier: usize = before.iter().map(|kv| kv.keys.cols()).sum();
-    for (block, out) in out.chunks_mut(POSITIONS_AT_ONCE * shape.group_width()).enumerate() {
-        let start = block * POSITIONS_AT_ONCE;
-        let count = out.len() / shape.group_width();
+impl<'a> Queries<'a> {
+    /// One query head of `count` rows from `first` on.
+    fn of(&self, shape: Shape, member: usize, first: usize, count: usize) -> Rows<'a> {
+        let start = first * self.stride + shape.first_query() + member * shape.head_dim;
+        Rows { data: &self.data[start..], stride: self.stride, rows: count }
+    }
+}
+
+/// Where the group's results belong: rows of which this group's part comes first.
+pub struct Out<'a> {
+    pub data: &'a mut [f32],
+    pub stride: usize,
+}
+
+/// Attention of a prompt's own tokens from `first` on: each sees what stands `before` whole, and of `own` itself and
+/// what is before it. `queries` begin with the prompt's first token.
+pub fn over_prompt(
+    shape: Shape,
+    queries: Queries,
+    before: Option<&HeadKv>,
+    own: &HeadKv,
+    first: usize,
+    out: Out,
+    scores: &mut Vec<f32>,
+) {
+    let (rows, dim) = (own.keys.cols(), shape.head_dim);
+    let earlier = before.map_or(0, |kv| kv.keys.cols());
+    for start in (first..rows).step_by(POSITIONS_AT_ONCE) {
+        let count = POSITIONS_AT_ONCE.min(rows - start);
         let seen = start + count;
         let total = earlier + seen;
-        buffers.queries.clear();
-        for row in start..start + count {
-            buffers.queries.extend_from_slice(shape.of_row(queries, row));
+        let segments = || before.map(|kv| (kv, earlier)).into_iter().chain([(own, seen)]);
+        for member in 0..shape.group {
+            let heads = queries.of(shape, member, start, count);
+            let scores = room(scores, count * total);
+            score(heads, dim, segments(), scores, total);
+            for (index, row) in scores.chunks_exact_mut(total).enumerate() {
+                // What comes after the position gets probability 0, and adds nothing to any sum.
+                let (visible, hidden) = row.split_at_mut(earlier + start + index + 1);
+                ops::softmax(visible);
+                hidden.fill(0.0);
+            }
+            let place = &mut out.data[start * out.stride + member * dim..];
+            let probabilities = Rows::dense(scores, total);
+            weigh(probabilities, segments(), dim, RowsMut { data: place, stride: out.stride });
         }
-        let heads = Rows::dense(&buffers.queries, shape.head_dim);
-        buffers.scores.resize(count * shape.group * total, 0.0);
-        let mut at = 0;
-        for (kv, length) in with_lengths(before, own, seen) {
-            let target = RowsMut { data: &mut buffers.scores[at..], stride: total };
-            matmul(heads, kv.keys.view().first(shape.head_dim, length), target, Accumulate::No, 1);
-            at += length;
-        }
-        for (index, row) in buffers.scores.chunks_exact_mut(total).enumerate() {
-            // What comes after the position gets probability 0, and adds nothing to any sum.
-            let (visible, hidden) = row.split_at_mut(earlier + start + index / shape.group + 1);
-            ops::softmax(visible);
-            hidden.fill(0.0);
-        }
-        weigh_values(shape, &buffers.scores, total, with_lengths(before, own, seen), out);
     }
-    out
 }
 
-/// The segments and how many of their tokens count.
-fn with_lengths<'a>(
-    before: &'a [&'a HeadKv],
-    own: &'a HeadKv,
-    seen: usize,
-) -> impl Iterator<Item = (&'a HeadKv, usize)> {
-    before.iter().map(|kv| (*kv, kv.keys.cols())).chain(std::iter::once((own, seen)))
+/// The generated tokens of a prompt's beams.
+#[derive(Clone, Copy)]
+pub struct Beams<'a> {
+    pub slots: &'a SlotKv,
+    /// The slots before each row's own, which is `next` for the first row, and so on.
+    pub paths: &'a [Vec<u32>],
+    pub next: usize,
 }
 
-/// `out = probabilities · values`, where `out`'s rows are single heads side by side.
-fn weigh_values<'a>(
-    shape: Shape,
-    probabilities: &[f32],
-    stride: usize,
-    segments: impl Iterator<Item = (&'a HeadKv, usize)>,
-    out: &mut [f32],
-) {
-    let rows = out.len() / shape.head_dim;
-    let (mut at, mut accumulate) = (0, Accumulate::No);
-    for (kv, length) in segments {
-        let part = Rows { data: &probabilities[at..], stride, rows };
-        let target = RowsMut { data: &mut *out, stride: shape.head_dim };
-        matmul(part, kv.values.view().first(length, shape.head_dim), target, accumulate, 1);
-        at += length;
-        accumulate = Accumulate::Yes;
+impl Beams<'_> {
+    /// The slots that a row sees, its own at the end.
+    fn seen(&self, row: usize) -> impl Iterator<Item = usize> {
+        self.paths[row].iter().map(|slot| *slot as usize).chain([self.next + row])
     }
 }
 
 /// Attention of beams: every row sees all of `prompt` and the slots of its own path, the last of which is itself.
-/// Returns `[rows, group × head_dim]`.
 pub fn over_branches(
     shape: Shape,
-    queries: &[f32],
+    queries: Queries,
     prompt: &[&HeadKv],
-    slots: &SlotKv,
-    paths: &[&[u32]],
-    buffers: &mut Buffers,
-) -> Vec<f32> {
-    let (rows, dim) = (queries.len() / shape.query_width, shape.head_dim);
-    let depth = paths.iter().map(|p| p.len()).max().unwrap_or(0);
+    beams: Beams,
+    out: Out,
+    scores: &mut Vec<f32>,
+) {
+    let (rows, dim) = (beams.paths.len(), shape.head_dim);
     let earlier: usize = prompt.iter().map(|kv| kv.keys.cols()).sum();
-    let total = earlier + depth;
-    buffers.queries.clear();
-    for row in 0..rows {
-        buffers.queries.extend_from_slice(shape.of_row(queries, row));
-    }
-    buffers.scores.resize(rows * shape.group * total, 0.0);
-    let heads = Rows::dense(&buffers.queries, dim);
-    let mut at = 0;
-    for kv in prompt {
-        let target = RowsMut { data: &mut buffers.scores[at..], stride: total };
-        matmul(heads, kv.keys.view(), target, Accumulate::No, 1);
-        at += kv.keys.cols();
-    }
-    let slot = |store: &'_ [f32], index: u32| -> std::ops::Range<usize> {
-        let start = index as usize * shape.kv_width + shape.head * dim;
-        debug_assert!(start + dim <= store.len());
+    let total = earlier + beams.paths.iter().map(Vec::len).max().unwrap_or(0) + 1;
+    let segments = || prompt.iter().map(|kv| (*kv, kv.keys.cols()));
+    let slot = |slot: usize| {
+        let start = slot * shape.kv_width + shape.head * dim;
         start..start + dim
     };
-    let mut out = vec![0.0; rows * shape.group_width()];
-    let each = |index: usize| (&buffers.queries[index * dim..(index + 1) * dim], paths[index / shape.group]);
-    for (index, row) in buffers.scores.chunks_exact_mut(total).enumerate() {
-        let (query, path) = each(index);
-        for (score, s) in row[earlier..].iter_mut().zip(path) {
-            *score = ops::dot(query, &slots.keys[slot(&slots.keys, *s)]);
+    for member in 0..shape.group {
+        let heads = queries.of(shape, member, 0, rows);
+        let scores = room(scores, rows * total);
+        score(heads, dim, segments(), scores, total);
+        for (index, row) in scores.chunks_exact_mut(total).enumerate() {
+            let query = &heads.data[index * heads.stride..][..dim];
+            for (score, seen) in row[earlier..].iter_mut().zip(beams.seen(index)) {
+                *score = ops::dot(query, &beams.slots.keys[slot(seen)]);
+            }
+            ops::softmax(&mut row[..earlier + beams.paths[index].len() + 1]);
         }
-        ops::softmax(&mut row[..earlier + path.len()]);
-    }
-    weigh_values(shape, &buffers.scores, total, prompt.iter().map(|kv| (*kv, kv.keys.cols())), &mut out);
-    for (index, (row, out)) in buffers.scores.chunks_exact(total).zip(out.chunks_exact_mut(dim)).enumerate() {
-        let (_, path) = each(index);
-        for (probability, s) in row[earlier..].iter().zip(path) {
-            ops::add_scaled(out, *probability, &slots.values[slot(&slots.values, *s)]);
+        let place = &mut out.data[member * dim..];
+        let target = RowsMut { data: &mut *place, stride: out.stride };
+        weigh(Rows { data: scores, stride: total, rows }, segments(), dim, target);
+        for (index, (row, out)) in scores.chunks_exact(total).zip(place.chunks_mut(out.stride)).enumerate() {
+            for (probability, seen) in row[earlier..].iter().zip(beams.seen(index)) {
+                ops::add_scaled(&mut out[..dim], *probability, &beams.slots.values[slot(seen)]);
+            }
         }
     }
-    out
+}
+
+/// `scores = queries · keys` of segments and how many of their tokens count, side by side in rows of `total`.
+fn score<'a>(
+    queries: Rows,
+    dim: usize,
+    segments: impl Iterator<Item = (&'a HeadKv, usize)>,
+    scores: &mut [f32],
+    total: usize,
+) {
+    let mut at = 0;
+    for (kv, length) in segments {
+        let target = RowsMut { data: &mut scores[at..], stride: total };
+        matmul(queries, kv.keys.view().first(dim, length), target, Accumulate::No, 1);
+        at += length;
+    }
+}
+
+/// `out = probabilities · values` of segments and how many of their tokens count.
+fn weigh<'a>(probabilities: Rows, segments: impl Iterator<Item = (&'a HeadKv, usize)>, dim: usize, out: RowsMut) {
+    let (mut at, mut accumulate) = (0, Accumulate::No);
+    for (kv, length) in segments {
+        let part = Rows { data: &probabilities.data[at..], ..probabilities };
+        let target = RowsMut { data: &mut *out.data, stride: out.stride };
+        matmul(part, kv.values.view().first(length, dim), target, accumulate, 1);
+        at += length;
+        accumulate = Accumulate::Yes;
+    }
 }

@@ -9,7 +9,9 @@ mod kv;
 mod model;
 mod rotary;
 pub mod weights;
+mod work;
 
+pub use attention::POSITIONS_AT_ONCE;
 pub use config::Config;
 pub use kv::{Branches, Segment};
-pub use model::{HEAD_CHUNK, Prompt, Qwen3, Step, Wanted};
+pub use model::{GATES_AT_ONCE, HEAD_CHUNK, LOGITS_AT_ONCE, Prompt, Qwen3, Step, Wanted};

@@ -9,18 +9,23 @@ use rayon::prelude::*;
 
 use super::{
     Config,
-    attention::{self, Buffers, Shape},
+    attention::{self, Beams, Out, Queries, Shape},
     kv::{Branches, Segment},
     rotary::Rotary,
     weights::{self, Tensor, Weights},
+    work::{SCORES, WORK, room},
 };
 use crate::{
     Error,
-    cpu::{Accumulate, Panels, Rows, RowsMut, matmul, ops},
+    cpu::{Accumulate, Panels, Rows, RowsMut, WIDTH, matmul, ops},
 };
 
-/// Columns of the head that are computed and looked at together.
-pub const HEAD_CHUNK: usize = 1024;
+/// Columns of the head that are looked at together.
+pub const HEAD_CHUNK: usize = 256;
+/// Logits that a thread computes before they are looked at, or a chunk of every row: they stay in the cache.
+pub const LOGITS_AT_ONCE: usize = 1 << 16;
+/// Gates (and as many values beside them) that a thread computes before they are applied.
+pub const GATES_AT_ONCE: usize = 1 << 15;
 
 /// A Qwen3 ready to compute on the CPU.
 pub struct Qwen3 {
@@ -47,8 +52,8 @@ struct Layer {
     key_norm: Vec<f32>,
     output: Panels,
     post_norm: Vec<f32>,
-    /// Gate and up side by side.
-    gate_up: Panels,
+    gate: Panels,
+    up: Panels,
     down: Panels,
 }
 
@@ -77,13 +82,32 @@ pub enum Wanted {
     Last,
 }
 
-/// Queries, keys and values of a batch in one layer.
+/// Queries, keys and values of a batch in one layer, side by side in each row: queries normed, turned and scaled, keys
+/// normed and turned.
+#[derive(Clone, Copy)]
 struct Projected<'a> {
-    /// `[rows, query_width]`, normed, turned and scaled.
-    queries: &'a [f32],
-    /// `[rows, kv_width]`, normed and turned.
-    keys: &'a [f32],
-    values: &'a [f32],
+    rows: &'a [f32],
+    query_width: usize,
+    kv_width: usize,
+}
+
+impl<'a> Projected<'a> {
+    fn width(&self) -> usize {
+        self.query_width + 2 * self.kv_width
+    }
+
+    /// The rows from `row` on, which begin with their queries.
+    fn queries(&self, row: usize) -> Queries<'a> {
+        Queries { data: &self.rows[row * self.width()..], stride: self.width() }
+    }
+
+    fn key(&self, row: usize) -> &'a [f32] {
+        &self.rows[row * self.width() + self.query_width..][..self.kv_width]
+    }
+
+    fn value(&self, row: usize) -> &'a [f32] {
+        &self.rows[row * self.width() + self.query_width + self.kv_width..][..self.kv_width]
+    }
 }
 
 impl Qwen3 {
@@ -92,10 +116,22 @@ impl Qwen3 {
     /// # Errors
     /// As [`Config::load`] and [`Weights::open`].
     pub fn load(folder: &Path) -> Result<Self, Error> {
+        Self::open(folder, true)
+    }
+
+    /// Loads a model folder without its output head, which an encoder never needs.
+    ///
+    /// # Errors
+    /// As [`Qwen3::load`].
+    pub fn load_encoder(folder: &Path) -> Result<Self, Error> {
+        Self::open(folder, false)
+    }
+
+    fn open(folder: &Path, with_head: bool) -> Result<Self, Error> {
         let config = Config::load(folder)?;
         let weights = Weights::open(folder, &config)?;
         let embeddings = weights.get("model.embed_tokens.weight")?.clone();
-        let head = if weights.has_head(&config) {
+        let head = if with_head && weights.has_head(&config) {
             let rows = if config.tied { embeddings.clone() } else { weights.get("lm_head.weight")?.clone() };
             Some(Head { packed: weights::pack(&[&rows]), rows })
         } else {
@@ -131,18 +167,19 @@ impl Qwen3 {
         let last: Vec<usize> = rows.iter().map(|r| r.end - 1).collect();
         let kept = (wanted == Wanted::Last).then_some(last.as_slice());
         let hidden = self.forward(&tokens, &positions, kept, threads, |layer, projected, out| {
-            let width = self.config.kv_width();
             for (segment, rows) in segments.iter_mut().zip(&rows) {
                 for (index, row) in rows.clone().enumerate() {
-                    let at = row * width..(row + 1) * width;
-                    segment.store(layer, index, &projected.keys[at.clone()], &projected.values[at]);
+                    segment.store(layer, index, projected.key(row), projected.value(row));
                 }
             }
-            self.attend(&rows, out, threads, |which, shape, buffers| {
-                let prompt = &prompts[which];
-                let before: Vec<_> = prompt.prefix.iter().map(|s| s.head(layer, shape.head)).collect();
-                let queries = self.rows_of(projected.queries, &rows[which]);
-                attention::over_prompt(shape, queries, &before, segments[which].head(layer, shape.head), buffers)
+            // Of the last layer only what is kept is looked at.
+            let last_only = kept.is_some() && layer + 1 == self.layers.len();
+            self.attend(&rows, out, threads, |which, shape, out, scores| {
+                let before = prompts[which].prefix.map(|s| s.head(layer, shape.head));
+                let own = segments[which].head(layer, shape.head);
+                let first = if last_only { rows[which].len() - 1 } else { 0 };
+                let queries = projected.queries(rows[which].start);
+                attention::over_prompt(shape, queries, before, own, first, out, scores);
             });
         });
         Ok((segments, hidden))
@@ -157,7 +194,6 @@ impl Qwen3 {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         let mut rows: Vec<Range<usize>> = Vec::with_capacity(steps.len());
-        let mut paths: Vec<Vec<Vec<u32>>> = Vec::with_capacity(steps.len());
         for step in steps.iter() {
             let before = step.branches.prompt_length();
             for (token, path) in step.tokens.iter().zip(step.paths) {
@@ -166,27 +202,21 @@ impl Qwen3 {
             }
             rows.push(tokens.len()..tokens.len() + step.tokens.len());
             tokens.extend_from_slice(step.tokens);
-            let with_self = |(index, path): (usize, &Vec<u32>)| {
-                let mut path = path.clone();
-                path.push((step.branches.slots() + index) as u32);
-                path
-            };
-            paths.push(step.paths.iter().enumerate().map(with_self).collect());
         }
         let hidden = self.forward(&tokens, &positions, None, threads, |layer, projected, out| {
-            let width = self.config.kv_width();
             for (step, rows) in steps.iter_mut().zip(&rows) {
                 let slots = step.branches.layer_mut(layer);
-                slots.keys.extend_from_slice(&projected.keys[rows.start * width..rows.end * width]);
-                slots.values.extend_from_slice(&projected.values[rows.start * width..rows.end * width]);
+                for row in rows.clone() {
+                    slots.keys.extend_from_slice(projected.key(row));
+                    slots.values.extend_from_slice(projected.value(row));
+                }
             }
             let steps = &*steps;
-            self.attend(&rows, out, threads, |which, shape, buffers| {
-                let branches = &steps[which].branches;
+            self.attend(&rows, out, threads, |which, shape, out, scores| {
+                let Step { branches, paths, .. } = &steps[which];
                 let prompt: Vec<_> = branches.prompt().iter().map(|s| s.head(layer, shape.head)).collect();
-                let paths: Vec<&[u32]> = paths[which].iter().map(Vec::as_slice).collect();
-                let queries = self.rows_of(projected.queries, &rows[which]);
-                attention::over_branches(shape, queries, &prompt, branches.layer(layer), &paths, buffers)
+                let beams = Beams { slots: branches.layer(layer), paths, next: branches.slots() };
+                attention::over_branches(shape, projected.queries(rows[which].start), &prompt, beams, out, scores);
             });
         });
         for step in steps.iter_mut() {
@@ -208,16 +238,22 @@ impl Qwen3 {
     ) -> Result<(), Error> {
         let packed = &self.head()?.packed;
         let rows = Rows::dense(hidden, self.config.hidden_size);
-        let mut chunk = vec![0.0; rows.rows * HEAD_CHUNK];
-        for start in (0..packed.cols()).step_by(HEAD_CHUNK) {
-            let end = (start + HEAD_CHUNK).min(packed.cols());
+        let chunks = (threads * LOGITS_AT_ONCE / rows.rows.max(1) / HEAD_CHUNK).max(1);
+        let mut work = WORK.take();
+        for start in (0..packed.cols()).step_by(chunks * HEAD_CHUNK) {
+            let end = (start + chunks * HEAD_CHUNK).min(packed.cols());
             let stride = end - start;
-            let target = RowsMut { data: &mut chunk, stride };
+            let block = room(&mut work.logits, rows.rows * stride);
+            let target = RowsMut { data: &mut *block, stride };
             matmul(rows, packed.view().columns(start, end), target, Accumulate::No, threads);
-            for (row, logits) in chunk.chunks_exact(stride).take(rows.rows).enumerate() {
-                visit(row, start, logits);
+            for chunk in (0..stride).step_by(HEAD_CHUNK) {
+                let columns = chunk..(chunk + HEAD_CHUNK).min(stride);
+                for (row, logits) in block.chunks_exact(stride).enumerate() {
+                    visit(row, start + chunk, &logits[columns.clone()]);
+                }
             }
         }
+        WORK.set(work);
         Ok(())
     }
 
@@ -280,52 +316,50 @@ impl Qwen3 {
         Ok(())
     }
 
-    fn rows_of<'a>(&self, queries: &'a [f32], rows: &Range<usize>) -> &'a [f32] {
-        let width = self.config.query_width();
-        &queries[rows.start * width..rows.end * width]
-    }
-
-    /// Calls `one` for every owner of rows and every head of keys and values, and puts the results together.
+    /// Calls `one` for every owner of rows and every head of keys and values, each with its place in `out` (`[rows,
+    /// query_width]`) and a buffer.
     fn attend(
         &self,
         rows: &[Range<usize>],
         out: &mut [f32],
         threads: usize,
-        one: impl Fn(usize, Shape, &mut Buffers) -> Vec<f32> + Sync,
+        one: impl Fn(usize, Shape, Out, &mut Vec<f32>) + Sync,
     ) {
         let config = &self.config;
-        let shape = |head| Shape {
-            group: config.group(),
-            head_dim: config.head_dim,
-            query_width: config.query_width(),
-            kv_width: config.kv_width(),
-            head,
-        };
+        let stride = config.query_width();
+        let shape =
+            |head| Shape { group: config.group(), head_dim: config.head_dim, kv_width: config.kv_width(), head };
+        if threads == 1 {
+            SCORES.with_borrow_mut(|scores| {
+                for (which, rows) in rows.iter().enumerate() {
+                    for head in 0..config.kv_heads {
+                        let data = &mut out[rows.start * stride + shape(head).first_query()..];
+                        one(which, shape(head), Out { data, stride }, scores);
+                    }
+                }
+            });
+            return;
+        }
         let tasks: Vec<(usize, usize)> =
             (0..rows.len()).flat_map(|which| (0..config.kv_heads).map(move |head| (which, head))).collect();
         let width = config.group() * config.head_dim;
-        let mut put = |&(which, head): &(usize, usize), result: Vec<f32>| {
+        let apart = |&(which, head): &(usize, usize)| {
+            let mut data = vec![0.0; rows[which].len() * width];
+            let place = Out { data: &mut data, stride: width };
+            SCORES.with_borrow_mut(|scores| one(which, shape(head), place, scores));
+            data
+        };
+        let results: Vec<Vec<f32>> = tasks.par_iter().map(apart).collect();
+        for (&(which, head), result) in tasks.iter().zip(results) {
             for (row, values) in rows[which].clone().zip(result.chunks_exact(width)) {
-                let start = row * config.query_width() + head * width;
+                let start = row * stride + shape(head).first_query();
                 out[start..start + width].copy_from_slice(values);
             }
-        };
-        if threads == 1 {
-            let mut buffers = Buffers::default();
-            for task in &tasks {
-                put(task, one(task.0, shape(task.1), &mut buffers));
-            }
-        } else {
-            let results: Vec<Vec<f32>> = tasks
-                .par_iter()
-                .map_init(Buffers::default, |buffers, &(which, head)| one(which, shape(head), buffers))
-                .collect();
-            tasks.iter().zip(results).for_each(|(task, result)| put(task, result));
         }
     }
 
     /// From tokens to hidden states after the last norm; `attend` stores keys and values, and fills in attention.
-    /// With `kept`, only those rows leave the last layer.
+    /// With `kept` (ascending), only those rows leave the last layer.
     fn forward(
         &self,
         tokens: &[u32],
@@ -336,71 +370,67 @@ impl Qwen3 {
     ) -> Vec<f32> {
         let c = &self.config;
         let (width, eps) = (c.hidden_size, c.rms_norm_eps as f32);
-        let mut x = vec![0.0; tokens.len() * width];
+        let (query_width, kv_width) = (c.query_width(), c.kv_width());
+        let mut work = WORK.take();
+        let mut count = tokens.len();
+        let mut x = room(&mut work.x, count * width);
         for (row, token) in x.chunks_exact_mut(width).zip(tokens) {
             self.embeddings.read(*token as usize * width, row);
         }
-        let mut normed = vec![0.0; x.len()];
-        let mut qkv = vec![0.0; tokens.len() * (c.query_width() + 2 * c.kv_width())];
-        let (mut queries, mut keys, mut values) = (
-            vec![0.0; tokens.len() * c.query_width()],
-            vec![0.0; tokens.len() * c.kv_width()],
-            vec![0.0; tokens.len() * c.kv_width()],
-        );
-        let mut attended = vec![0.0; tokens.len() * c.query_width()];
-        let (mut gate_up, mut gated) = (Vec::new(), Vec::new());
+        let mut normed = room(&mut work.normed, count * width);
+        let qkv = room(&mut work.qkv, count * (query_width + 2 * kv_width));
+        let mut attended = room(&mut work.attended, count * query_width);
         for (index, layer) in self.layers.iter().enumerate() {
-            ops::rms_norm(&x, &layer.input_norm, eps, &mut normed);
-            product(&normed, &layer.qkv, &mut qkv, Accumulate::No, threads);
-            self.split(layer, &qkv, positions, &mut queries, &mut keys, &mut values);
-            attend(index, Projected { queries: &queries, keys: &keys, values: &values }, &mut attended);
+            ops::rms_norm(x, &layer.input_norm, eps, normed);
+            product(normed, &layer.qkv, qkv, Accumulate::No, threads);
+            self.turn(layer, qkv, positions);
+            attend(index, Projected { rows: qkv, query_width, kv_width }, attended);
             if let Some(kept) = kept.filter(|_| index + 1 == self.layers.len()) {
-                x = gather(&x, width, kept);
-                attended = gather(&attended, c.query_width(), kept);
-                normed.truncate(x.len());
+                count = kept.len();
+                x = gather(x, width, kept);
+                attended = gather(attended, query_width, kept);
+                normed = &mut normed[..count * width];
             }
-            product(&attended, &layer.output, &mut x, Accumulate::Yes, threads);
-            ops::rms_norm(&x, &layer.post_norm, eps, &mut normed);
-            let rows = x.len() / width;
-            gate_up.resize(rows * 2 * c.intermediate_size, 0.0);
-            gated.resize(rows * c.intermediate_size, 0.0);
-            product(&normed, &layer.gate_up, &mut gate_up, Accumulate::No, threads);
-            ops::gate(&gate_up, c.intermediate_size, &mut gated);
-            product(&gated, &layer.down, &mut x, Accumulate::Yes, threads);
+            product(attended, &layer.output, x, Accumulate::Yes, threads);
+            ops::rms_norm(x, &layer.post_norm, eps, normed);
+            let gated = room(&mut work.gated, count * c.intermediate_size);
+            gate(layer, normed, count, &mut work.gate_up, gated, threads);
+            product(gated, &layer.down, x, Accumulate::Yes, threads);
         }
-        ops::rms_norm(&x, &self.norm, eps, &mut normed);
-        normed
+        ops::rms_norm(x, &self.norm, eps, normed);
+        let hidden = normed.to_vec();
+        WORK.set(work);
+        hidden
     }
 
-    /// Takes queries, keys and values apart, norms and turns the heads of the first two, and scales the queries.
-    fn split(
-        &self,
-        layer: &Layer,
-        qkv: &[f32],
-        positions: &[usize],
-        queries: &mut [f32],
-        keys: &mut [f32],
-        values: &mut [f32],
-    ) {
+    /// Norms and turns the heads of queries and keys, and scales the queries.
+    fn turn(&self, layer: &Layer, qkv: &mut [f32], positions: &[usize]) {
         let c = &self.config;
         let (q, kv, eps) = (c.query_width(), c.kv_width(), c.rms_norm_eps as f32);
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let mut buffer = Vec::new();
-        for (row, position) in positions.iter().enumerate() {
-            let source = &qkv[row * (q + 2 * kv)..(row + 1) * (q + 2 * kv)];
-            let query = &mut queries[row * q..(row + 1) * q];
-            let key = &mut keys[row * kv..(row + 1) * kv];
-            query.copy_from_slice(&source[..q]);
-            key.copy_from_slice(&source[q..q + kv]);
-            values[row * kv..(row + 1) * kv].copy_from_slice(&source[q + kv..]);
+        for (row, position) in qkv.chunks_exact_mut(q + 2 * kv).zip(positions) {
             let (cos, sin) = self.rotary.at(*position, &mut buffer);
-            for head in query.chunks_exact_mut(c.head_dim) {
-                ops::norm_and_rotate(head, &layer.query_norm, eps, cos, sin, scale);
-            }
-            for head in key.chunks_exact_mut(c.head_dim) {
-                ops::norm_and_rotate(head, &layer.key_norm, eps, cos, sin, 1.0);
-            }
+            let (queries, keys) = row[..q + kv].split_at_mut(q);
+            ops::norm_and_rotate(queries, &layer.query_norm, eps, cos, sin, scale);
+            ops::norm_and_rotate(keys, &layer.key_norm, eps, cos, sin, 1.0);
         }
+    }
+}
+
+/// `out = silu(x · gate) · (x · up)`, some columns at a time, so that what is between stays in the cache.
+fn gate(layer: &Layer, x: &[f32], rows: usize, gate_up: &mut Vec<f32>, out: &mut [f32], threads: usize) {
+    let width = layer.gate.cols();
+    let columns = (threads * GATES_AT_ONCE / rows.max(1) / WIDTH).max(4) * WIDTH;
+    let x = Rows::dense(x, layer.gate.inner());
+    for start in (0..width).step_by(columns) {
+        let end = (start + columns).min(width);
+        let (count, stride) = (end - start, 2 * (end - start));
+        let both = room(gate_up, rows * stride);
+        matmul(x, layer.gate.view().columns(start, end), RowsMut { data: both, stride }, Accumulate::No, threads);
+        let beside = RowsMut { data: &mut both[count..], stride };
+        matmul(x, layer.up.view().columns(start, end), beside, Accumulate::No, threads);
+        ops::gate(both, count, &mut out[start..], width);
     }
 }
 
@@ -414,7 +444,8 @@ impl Layer {
             key_norm: get("self_attn.k_norm")?.vector(),
             output: weights::pack(&[get("self_attn.o_proj")?]),
             post_norm: get("post_attention_layernorm")?.vector(),
-            gate_up: weights::pack(&[get("mlp.gate_proj")?, get("mlp.up_proj")?]),
+            gate: weights::pack(&[get("mlp.gate_proj")?]),
+            up: weights::pack(&[get("mlp.up_proj")?]),
             down: weights::pack(&[get("mlp.down_proj")?]),
         })
     }
@@ -425,7 +456,10 @@ fn product(x: &[f32], w: &Panels, out: &mut [f32], accumulate: Accumulate, threa
     matmul(Rows::dense(x, w.inner()), w.view(), target, accumulate, threads);
 }
 
-/// The rows of these numbers.
-fn gather(rows: &[f32], width: usize, kept: &[usize]) -> Vec<f32> {
-    kept.iter().flat_map(|row| &rows[row * width..(row + 1) * width]).copied().collect()
+/// Moves the rows of these numbers (ascending) to the front, and leaves the others out.
+fn gather<'a>(rows: &'a mut [f32], width: usize, kept: &[usize]) -> &'a mut [f32] {
+    for (to, from) in kept.iter().enumerate() {
+        rows.copy_within(from * width..(from + 1) * width, to * width);
+    }
+    &mut rows[..kept.len() * width]
 }

@@ -1,9 +1,6 @@
 //! Conversations as rows: put to a model on this machine, or to a server that speaks OpenAI's `/v1/chat/completions`.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 use grlm_nn::chat::{Answering, ChatModel, Message};
 use serde_json::{Map, Value, json};
@@ -15,7 +12,6 @@ use super::{
 use crate::{
     Compat, StageContext, StageError,
     endpoint::{Endpoint, gather},
-    model_folder,
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
@@ -42,18 +38,16 @@ pub struct Asker<'a> {
 enum Place {
     /// Weights are loaded when they are needed first, and once for all rounds of questions.
     Folder {
-        folder: PathBuf,
-        digest: String,
+        /// What tells the model apart.
+        identity: String,
         loaded: Mutex<Option<Arc<ChatModel>>>,
     },
     Server(Option<Box<Endpoint>>),
 }
 
 impl<'a> Asker<'a> {
-    /// Fetches the model where it is not at hand.
-    ///
     /// # Errors
-    /// There is no such model, it cannot be fetched, or a file of it cannot be read.
+    /// There is no such model, or the hub has to be asked for it and cannot be reached.
     pub fn new(
         cx: &mut StageContext,
         model: &'a LanguageModel,
@@ -63,9 +57,8 @@ impl<'a> Asker<'a> {
         let place = match &model.endpoint {
             Some(_) => Place::Server(None),
             None => {
-                let folder = cx.model(PLACE, &model.name())?;
-                let digest = model_folder::digest(&folder)?;
-                Place::Folder { folder, digest, loaded: Mutex::default() }
+                let identity = cx.model_identity(PLACE, &model.name())?;
+                Place::Folder { identity, loaded: Mutex::default() }
             }
         };
         Ok(Self { model, compat, place, max_failed_rows })
@@ -84,7 +77,7 @@ impl<'a> Asker<'a> {
                     .json("extra", &Value::Object(model.extra_body.clone())),
                 PIECE_PER_REQUEST * model.concurrency,
             ),
-            Place::Folder { digest, .. } => (recipe.text("model", digest).text("device", "cpu"), PIECE),
+            Place::Folder { identity, .. } => (recipe.text("model", identity).text("device", "cpu"), PIECE),
         };
         let decoding = json!({
             "compat": self.compat,
@@ -129,8 +122,10 @@ impl<'a> Asker<'a> {
                 }
                 rows?
             }
-            Place::Folder { folder, loaded, .. } => {
-                let (folder, loaded) = (&*folder, &*loaded);
+            Place::Folder { loaded, .. } => {
+                // Fetched from the hub where it is not at hand.
+                let folder = cx.model(PLACE, &model.name())?;
+                let (folder, loaded) = (folder.as_path(), &*loaded);
                 rows::run(cx, &job, |device: RowDevice| {
                     let pool = device.pool()?;
                     let mut loaded = loaded.lock().map_err(|_| StageError::bug("loading the model panicked"))?;

@@ -89,6 +89,9 @@ impl LanguageModel {
             issues.push(ParamIssue::new("extractor.max_new_tokens", "must be at least 1"));
         }
         issues.extend(self.endpoint_settings().check("extractor", self.endpoint.as_deref()));
+        if self.endpoint.is_none() && issues.is_empty() {
+            issues.extend(model_folder::issue(PLACE, &self.name()));
+        }
         issues
     }
 
