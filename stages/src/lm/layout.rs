@@ -7,7 +7,8 @@
 //! | `qwen3` | the same | an empty think block, output `<\|im_end\|>` ⏎ |
 //!
 //! These are the renderings of LlamaFactory's templates of those names. Prompt and response are tokenised apart, as
-//! there. Under `tokens: words` a sample is `bos` and the words of its items, and has no end.
+//! there. Under `tokens: words` a sample is `bos` and the words of its items, and has no end; `tokens: prefixes` likewise
+//! (see [`super::prefixes`]).
 //!
 //! A generation prompt ends behind `Item text ID:` and *without* the space that follows it, because subword tokenizers
 //! join that space with the bracket; in compact format it ends behind the line break of the last item.
@@ -16,7 +17,10 @@ use std::path::Path;
 
 use grlm_nn::{Tokenizer, tokenizer::special};
 
-use super::samples::{Sample, Shape, content, items};
+use super::{
+    prefixes,
+    samples::{Sample, Shape, content, items},
+};
 use crate::{
     Compat, StageError,
     artifact::{ChatTemplate, CheckpointInfo, SftFormat, TidRecord, TokenKind},
@@ -88,12 +92,12 @@ impl Layout {
                 .ok_or_else(|| lacks(token, "the tokenizer is not the one that the model was trained with"))
         });
         let bos = bos.transpose()?;
-        if settings.tokens == TokenKind::Words && !tokenizer.is_of_words() {
+        if settings.tokens != TokenKind::Model && !tokenizer.is_of_words() {
             return Err(StageError::params("the tokenizer is not one of words")
                 .help("use `tokens: model`, or train from scratch on a compact SFT file"));
         }
         let end = match (settings.tokens, settings.template) {
-            (TokenKind::Words, _) => Vec::new(),
+            (TokenKind::Words | TokenKind::Prefixes, _) => Vec::new(),
             (TokenKind::Model, ChatTemplate::None) => tokenizer.id(special::TURN_END).into_iter().collect(),
             (TokenKind::Model, _) => {
                 for token in [special::TURN_START, special::TURN_END] {
@@ -131,7 +135,7 @@ impl Layout {
     /// The tokenizer cannot take the text.
     pub fn sample(&self, sample: &Sample) -> Result<Laid, StageError> {
         match (self.settings.tokens, sample.shape()) {
-            (TokenKind::Words, _) => self.words_sample(&sample.output),
+            (TokenKind::Words | TokenKind::Prefixes, _) => self.words_sample(&sample.output),
             (_, Shape::Compact) => self.compact_sample(&sample.output),
             (_, Shape::History) => self.history_sample(sample),
             (_, Shape::Other) => self.other_sample(sample),
@@ -139,15 +143,23 @@ impl Layout {
     }
 
     fn words_sample(&self, output: &str) -> Result<Laid, StageError> {
-        let lines: Vec<Vec<u32>> = output.lines().map(|line| self.tokenizer.encode(line)).collect::<Result<_, _>>()?;
+        let lines: Vec<Vec<u32>> = output.lines().map(|line| self.line(line)).collect::<Result<_, _>>()?;
         Ok(self.newest(&lines))
+    }
+
+    /// The tokens of a line of a compact sample.
+    fn line(&self, line: &str) -> Result<Vec<u32>, StageError> {
+        match self.settings.tokens {
+            TokenKind::Prefixes => Ok(prefixes::encode(&self.tokenizer, &line.split_whitespace().collect::<Vec<_>>())),
+            TokenKind::Words | TokenKind::Model => Ok(self.tokenizer.encode(line)?),
+        }
     }
 
     /// Lines are tokenised one by one, as generation reads them.
     fn compact_sample(&self, output: &str) -> Result<Laid, StageError> {
         let mut lines = Vec::new();
         for line in output.lines() {
-            lines.push(self.tokenizer.encode(&format!("{line}\n"))?);
+            lines.push(self.line(&format!("{line}\n"))?);
         }
         let (head, before) = self.frame("")?;
         let room = self.settings.max_length.saturating_sub(head.len() + before.len() + self.end.len());
@@ -269,7 +281,7 @@ impl Layout {
         if self.settings.format == SftFormat::Compact {
             let lines: Vec<Vec<u32>> = history.iter().map(|r| self.compact_line(r)).collect::<Result<_, _>>()?;
             let (mut tokens, before) = match self.settings.tokens {
-                TokenKind::Words => (self.bos.into_iter().collect(), Vec::new()),
+                TokenKind::Words | TokenKind::Prefixes => (self.bos.into_iter().collect(), Vec::new()),
                 TokenKind::Model => self.frame("")?,
             };
             tokens.extend(before);
@@ -310,7 +322,7 @@ impl Layout {
     fn compact_line(&self, record: &TidRecord) -> Result<Vec<u32>, StageError> {
         let mut line = String::new();
         rec_text::push_compact(&mut line, record);
-        Ok(self.tokenizer.encode(&line)?)
+        self.line(&line)
     }
 
     /// The tokens that go on from a prompt with an item's TID, to its end: the bracket (with the line break, where the
@@ -419,6 +431,12 @@ mod tests {
                 words.dedup();
                 (Tokenizer::of_words(words).unwrap(), Some(special::WORDS_START.to_owned()))
             }
+            TokenKind::Prefixes => {
+                let tids = catalogue.iter().map(|r| r.clean_words().collect()).collect();
+                let names = prefixes::vocabulary(&tids);
+                let tokenizer = Tokenizer::of_words(names.iter().map(String::as_str)).unwrap();
+                (tokenizer, Some(special::WORDS_START.to_owned()))
+            }
             TokenKind::Model => {
                 let text = sample(SftFormat::Text, &all);
                 let texts = [text.content(), text.output];
@@ -433,7 +451,8 @@ mod tests {
 
     fn layouts() -> impl Iterator<Item = Layout> {
         let templates = [ChatTemplate::None, ChatTemplate::Qwen3Nothink, ChatTemplate::Qwen3];
-        let mut all = vec![layout(SftFormat::Compact, TokenKind::Words, ChatTemplate::None, 1000)];
+        let of_words = [TokenKind::Words, TokenKind::Prefixes];
+        let mut all = Vec::from(of_words.map(|t| layout(SftFormat::Compact, t, ChatTemplate::None, 1000)));
         for format in [SftFormat::Text, SftFormat::Compact] {
             all.extend(templates.map(|template| layout(format, TokenKind::Model, template, 1000)));
         }
@@ -464,6 +483,7 @@ mod tests {
                         (SftFormat::Text, _) => assert_eq!(text.trim_end(), format!(" [{}]", words.join(", "))),
                         (_, TokenKind::Model) => assert_eq!(text, words.join(" ") + "\n"),
                         (_, TokenKind::Words) => assert_eq!(tid.len(), 5),
+                        (_, TokenKind::Prefixes) => assert!(text.ends_with(&words.join(",")) && tid.len() < 3),
                     }
                 }
             }
@@ -502,8 +522,9 @@ mod tests {
             assert!(laid.cut && laid.tokens.len() <= limit && laid.learned_from < laid.tokens.len());
             let tail = 20.min(laid.tokens.len() / 2);
             assert!(laid.tokens.ends_with(&full.tokens[full.tokens.len() - tail..]), "the newest items stay");
-            let prompt = short.prompt(&history, Compat::Fixed, 30).unwrap();
-            assert!(prompt.len() + 30 <= limit);
+            let room = 30.min(limit / 3);
+            let prompt = short.prompt(&history, Compat::Fixed, room).unwrap();
+            assert!(prompt.len() + room <= limit);
             assert!(short.prompt(&history, Compat::Fixed, limit).is_err());
         }
     }
@@ -536,8 +557,11 @@ mod tests {
 
     #[test]
     fn a_tid_with_an_unknown_word_cannot_be_written() {
-        let layout = layout(SftFormat::Compact, TokenKind::Words, ChatTemplate::None, 100);
-        assert_eq!(layout.tid(&record(["soap", "olive", "bar", "hand", "new"], None), Compat::Fixed).unwrap(), None);
+        for tokens in [TokenKind::Words, TokenKind::Prefixes] {
+            let layout = layout(SftFormat::Compact, tokens, ChatTemplate::None, 100);
+            let unknown = record(["soap", "olive", "bar", "hand", "new"], None);
+            assert_eq!(layout.tid(&unknown, Compat::Fixed).unwrap(), None);
+        }
     }
 
     #[test]

@@ -41,12 +41,12 @@ impl Parts {
         Self { first: all(Place::First), later: all(Place::Later) }
     }
 
-    fn input(&self, user: &User<'_>) -> &[u8] {
-        user.history().first().map_or(&[], |&i| &self.first[i])
+    fn input(&self, items: &[usize]) -> &[u8] {
+        items.first().map_or(&[], |&i| &self.first[i])
     }
 
-    fn output<'a>(&'a self, user: &'a User<'_>) -> impl Iterator<Item = &'a [u8]> {
-        user.history().iter().skip(1).map(|&i| &*self.later[i])
+    fn output<'a>(&'a self, items: &'a [usize]) -> impl Iterator<Item = &'a [u8]> {
+        items.iter().skip(1).map(|&i| &*self.later[i])
     }
 }
 
@@ -66,14 +66,15 @@ pub fn samples(
     let mut output = Vec::new();
     for user in &users.kept {
         output.clear();
+        let items = user.sample(params.with_valid);
         if params.format == Format::Compact {
-            output.extend_from_slice(parts.input(user));
+            output.extend_from_slice(parts.input(items));
         }
-        parts.output(user).for_each(|p| output.extend_from_slice(p));
+        parts.output(items).for_each(|p| output.extend_from_slice(p));
         match params.format {
             Format::Compact => writer.push(|out| push_sample(out, b"", b"", &output))?,
             Format::Text if output.is_empty() && !params.compat.is_reference() => {}
-            Format::Text => writer.push(|out| push_sample(out, &instruction, parts.input(user), &output))?,
+            Format::Text => writer.push(|out| push_sample(out, &instruction, parts.input(items), &output))?,
         }
     }
     writer.finish()
@@ -116,7 +117,7 @@ pub fn records(
     for user in &users.kept {
         writer.push(|out| {
             out.push(b'{');
-            push_fields(out, &instruction, [parts.input(user)], parts.output(user));
+            push_fields(out, &instruction, [parts.input(user.history())], parts.output(user.history()));
             out.push(b',');
             push_name(out, "metadata");
             push_metadata(out, user);
