@@ -120,7 +120,8 @@ fn a_model_that_only_tells_what_the_catalogue_allows_apart_learns_it_too() {
 
         let ask = |decoding: &str| {
             let bench = Bench::new().input_path("checkpoint", ran.path("checkpoint")).input("id2meta", id2meta());
-            let params = json!({"decoding": decoding, "top_n": 1});
+            let normalize = if decoding == "free" { "full" } else { "allowed" };
+            let params = json!({"decoding": decoding, "normalize": normalize, "top_n": 1});
             bench.input_path("holdout", rec.path("holdout")).run("generate", params)
         };
         for line in ask("catalogue").unwrap().lines("rankings") {
