@@ -12,13 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Artifact, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Ranking, Split, jsonl},
+    artifact::{Ranking, Split},
     leave_one_out::{self, Dataset, User},
-    threads,
+    rankings, threads,
 };
-
-/// Users ranked between two looks at the stop flag.
-const USERS: usize = 4096;
 
 pub struct ItemKnn;
 
@@ -103,24 +100,17 @@ impl Stage for ItemKnn {
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let dataset = leave_one_out::read(cx.input("sequences")?, cx.optional_input("holdout"))?;
         let pool = threads::pool(cx)?;
-        let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
-        let total = (dataset.users.len() * params.splits.len()) as u64;
-        let mut done = 0;
-        for &split in &params.splits {
-            let neighbors = if params.refit && split == Split::Test {
-                Neighbors::count(params, dataset.items.len(), &dataset.training_and_valid())
-            } else {
-                Neighbors::count(params, dataset.items.len(), &dataset.training)
+        let validated = Neighbors::count(params, dataset.items.len(), &dataset.training);
+        let refitted = (params.refit && params.splits.contains(&Split::Test))
+            .then(|| Neighbors::count(params, dataset.items.len(), &dataset.training_and_valid()));
+        let splits: Vec<(Split, usize)> = params.splits.iter().map(|split| (*split, dataset.users.len())).collect();
+        rankings::write(cx, &splits, |split, users| {
+            let neighbors = match (split, &refitted) {
+                (Split::Test, Some(refitted)) => refitted,
+                _ => &validated,
             };
-            for users in dataset.users.chunks(USERS) {
-                cx.check_stop()?;
-                let lists = pool.install(|| rank(params, &dataset, &neighbors, users, split));
-                lists.into_iter().try_for_each(|list| out.write(&list))?;
-                done += users.len() as u64;
-                cx.progress(done, total, "user");
-            }
-        }
-        out.finish()
+            pool.install(|| rank(params, &dataset, neighbors, &dataset.users[users], split))
+        })
     }
 }
 

@@ -39,6 +39,7 @@ mod leave_one_out;
 pub mod paired;
 pub mod popularity;
 mod python;
+mod rankings;
 pub mod sasrec;
 mod synth;
 #[cfg(test)]

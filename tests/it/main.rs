@@ -14,5 +14,6 @@ mod robust;
 mod rows;
 mod store;
 mod torture;
+mod training;
 mod variants;
 mod worker;

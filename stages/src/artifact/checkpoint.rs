@@ -34,6 +34,8 @@ pub enum SftFormat {
 pub enum TokenKind {
     /// One token a word, and nothing between items.
     Words,
+    /// One token for each beginning of a TID that leaves a choice, and one for the whole TID.
+    Prefixes,
     /// The model's own subword tokens.
     Model,
 }

@@ -13,8 +13,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     Artifact, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{ItemId, Ranking, Split, jsonl},
-    threads,
+    artifact::{Ranking, Split},
+    rankings, threads,
 };
 
 mod choose;
@@ -24,9 +24,6 @@ mod lists;
 use choose::{Chosen, Search};
 use combine::{Rule, fuse};
 use lists::{Corpus, Table};
-
-/// Users fused between two looks at the stop flag.
-const USERS: usize = 4096;
 
 pub struct Fuse;
 
@@ -228,38 +225,24 @@ fn write_rankings(
     pool: &rayon::ThreadPool,
     cx: &mut StageContext,
 ) -> Result<(), StageError> {
-    let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
-    let total: u64 = params.splits.iter().map(|split| corpus.table(*split).users() as u64).sum();
-    let mut done = 0;
-    for &split in &params.splits {
+    let splits: Vec<(Split, usize)> =
+        params.splits.iter().map(|split| (*split, corpus.table(*split).users())).collect();
+    rankings::write(cx, &splits, |split, users| {
         let table = corpus.table(split);
-        let users: Vec<usize> = (0..table.users()).collect();
-        for users in users.chunks(USERS) {
-            cx.check_stop()?;
-            let lists: Vec<Vec<(u32, f64)>> = pool.install(|| {
-                let of = |&user: &usize| {
-                    let mut list = fuse(table.lists(user), chosen.rule, chosen.depth, &chosen.weights);
-                    list.truncate(params.top_n);
-                    list
-                };
-                users.par_iter().map(of).collect()
-            });
-            for (&user, list) in users.iter().zip(&lists) {
-                let items: Vec<ItemId> = list.iter().map(|(item, _)| corpus.item(*item).clone()).collect();
-                out.write(&Ranking {
-                    user: table.user(user).clone(),
-                    split,
-                    target: corpus.item(table.target(user)).clone(),
-                    items,
-                    scores: list.iter().map(|(_, score)| *score as f32).collect(),
-                    texts: None,
-                })?;
+        let of = |user: usize| {
+            let mut list = fuse(table.lists(user), chosen.rule, chosen.depth, &chosen.weights);
+            list.truncate(params.top_n);
+            Ranking {
+                user: table.user(user).clone(),
+                split,
+                target: corpus.item(table.target(user)).clone(),
+                items: list.iter().map(|(item, _)| corpus.item(*item).clone()).collect(),
+                scores: list.iter().map(|(_, score)| *score as f32).collect(),
+                texts: None,
             }
-            done += users.len() as u64;
-            cx.progress(done, total, "user");
-        }
-    }
-    out.finish()
+        };
+        pool.install(|| users.into_par_iter().map(of).collect())
+    })
 }
 
 fn write_report(

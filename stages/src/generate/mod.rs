@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Holdout, Id2Meta, Split, jsonl},
+    artifact::{Holdout, Id2Meta, Split, TokenKind, jsonl},
     lm::Layout,
     rows::{self, RowDevice, RowJob},
 };
@@ -237,6 +237,10 @@ struct Work {
 impl Work {
     fn read(params: &Params, cx: &StageContext) -> Result<Self, StageError> {
         let (layout, info) = Layout::open(cx.input("checkpoint")?)?;
+        if params.decoding == Decoding::Free && info.tokens == TokenKind::Prefixes {
+            return Err(StageError::params("the model was trained with `tokens: prefixes`, and writes no free text")
+                .help("use `decoding: catalogue`, or train with `tokens: words`"));
+        }
         let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
         let holdout = read_holdout(params, cx)?;
         let tids = Tids::new(&layout, &id2meta, cx.optional_input("tid2item_id"), &holdout, params.compat)?;

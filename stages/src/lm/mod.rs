@@ -5,6 +5,7 @@
 //! learning; [`Layout::prompt`] and [`Layout::tid`] together give the beginning of such a sample.
 
 mod layout;
+pub mod prefixes;
 mod samples;
 
 pub use layout::{Laid, Layout, Settings};

@@ -9,11 +9,9 @@ use super::{failed, fit::Fitted, params::Params};
 use crate::{
     StageContext, StageError,
     artifact::{CurvePoint, Ranking, Split, jsonl},
-    leave_one_out::Dataset,
+    leave_one_out::{Dataset, User},
+    rankings,
 };
-
-/// Users ranked between two looks at the stop flag.
-const USERS: usize = 4096;
 
 pub fn write(
     params: &Params,
@@ -86,31 +84,22 @@ fn write_rankings(
     pool: &rayon::ThreadPool,
     cx: &mut StageContext,
 ) -> Result<(), StageError> {
-    let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
-    let total = (dataset.users.len() * params.splits.len()) as u64;
-    let mut done = 0;
-    for &split in &params.splits {
-        let model = ranks(fitted, split);
-        for users in dataset.users.chunks(USERS) {
-            cx.check_stop()?;
-            let queries: Vec<Query> = users.iter().map(|u| u.query(split)).collect();
-            let histories: Vec<&[u32]> = queries.iter().map(|q| q.history.as_slice()).collect();
-            let lists = pool.install(|| model.recommend(&histories, params.top_n, params.exclude_seen));
-            for ((user, query), list) in users.iter().zip(&queries).zip(lists) {
-                out.write(&Ranking {
-                    user: user.id.clone(),
-                    split,
-                    target: dataset.items[query.target as usize].clone(),
-                    items: list.iter().map(|s| dataset.items[s.item as usize].clone()).collect(),
-                    scores: list.iter().map(|s| s.score).collect(),
-                    texts: None,
-                })?;
-            }
-            done += users.len() as u64;
-            cx.progress(done, total, "user");
-        }
-    }
-    out.finish()
+    let splits: Vec<(Split, usize)> = params.splits.iter().map(|split| (*split, dataset.users.len())).collect();
+    rankings::write(cx, &splits, |split, users| {
+        let users = &dataset.users[users];
+        let queries: Vec<Query> = users.iter().map(|u| u.query(split)).collect();
+        let histories: Vec<&[u32]> = queries.iter().map(|q| q.history.as_slice()).collect();
+        let lists = pool.install(|| ranks(fitted, split).recommend(&histories, params.top_n, params.exclude_seen));
+        let one = |((user, query), list): ((&User, &Query), Vec<Scored>)| Ranking {
+            user: user.id.clone(),
+            split,
+            target: dataset.items[query.target as usize].clone(),
+            items: list.iter().map(|s| dataset.items[s.item as usize].clone()).collect(),
+            scores: list.iter().map(|s| s.score).collect(),
+            texts: None,
+        };
+        users.iter().zip(&queries).zip(lists).map(one).collect()
+    })
 }
 
 /// The figures of full ranking over all items, ties at their mean rank: seen items left out and not, whatever the

@@ -50,7 +50,7 @@ impl Catalogue {
     /// # Errors
     /// The samples are more, or other, than TIDs of the catalogue in one token a word.
     pub fn trie_for_losses(&self, layout: &Layout, corpus: &Corpus) -> Result<Trie, StageError> {
-        if layout.settings().tokens != TokenKind::Words {
+        if layout.settings().tokens == TokenKind::Model {
             return Err(StageError::params("`normalize: allowed` is for models of one token a word")
                 .help("train from scratch on `sft_rec` with `format: compact` alone, or use `normalize: full`"));
         }

@@ -16,7 +16,7 @@ use super::params::{Method, Params, TokensChoice};
 use crate::{
     StageContext, StageError,
     artifact::{ChatTemplate, CheckpointInfo, Id2Meta, SftFormat, TokenKind},
-    lm::{Layout, Sample, Settings, Shape},
+    lm::{Layout, Sample, Settings, Shape, prefixes},
 };
 
 /// Ports that do not hold samples to train on.
@@ -98,11 +98,14 @@ pub fn layout(
     let before = base.filter(|folder| CheckpointInfo::path(folder).exists()).map(CheckpointInfo::read).transpose()?;
     let others =
         files.iter().flat_map(|f| f.samples.iter().map(move |s| (f, s))).find(|(_, s)| s.shape() != Shape::Compact);
-    let words = match (params.tokens, params.method, &before) {
-        (TokensChoice::Auto, Method::Scratch, _) => others.is_none(),
-        (TokensChoice::Auto, _, Some(info)) => info.tokens == TokenKind::Words,
-        (choice, _, _) => choice == TokensChoice::Words,
+    let tokens = match (params.tokens, params.method, &before) {
+        (TokensChoice::Auto, Method::Scratch, _) if others.is_none() => TokenKind::Words,
+        (TokensChoice::Auto, Method::Full | Method::Lora, Some(info)) => info.tokens,
+        (TokensChoice::Auto | TokensChoice::Model, _, _) => TokenKind::Model,
+        (TokensChoice::Words, _, _) => TokenKind::Words,
+        (TokensChoice::Prefixes, _, _) => TokenKind::Prefixes,
     };
+    let words = tokens != TokenKind::Model;
     if let (true, Some((file, sample))) = (words, others) {
         let shown: String = sample.content().chars().chain(sample.output.chars()).take(40).collect();
         return Err(StageError::input(&file.path, format!("a sample that is not lines of five words: `{shown}…`"))
@@ -116,7 +119,8 @@ pub fn layout(
     };
     let tokenizer = match base {
         Some(folder) => Tokenizer::load(folder)?,
-        None if words => words_tokenizer(files, id2meta)?,
+        None if tokens == TokenKind::Words => words_tokenizer(files, id2meta)?,
+        None if tokens == TokenKind::Prefixes => prefixes_tokenizer(files, id2meta)?,
         None => {
             let content: Vec<String> = files.iter().flat_map(|f| f.samples.iter().map(Sample::content)).collect();
             let outputs = files.iter().flat_map(|f| f.samples.iter().map(|s| s.output.as_str()));
@@ -130,14 +134,8 @@ pub fn layout(
         (_, None) if words => Some(special::WORDS_START.to_owned()),
         (_, None) => (template == ChatTemplate::None).then(|| special::TEXT_START.to_owned()),
     };
-    let settings = Settings {
-        format,
-        tokens: if words { TokenKind::Words } else { TokenKind::Model },
-        template,
-        bos,
-        instruction: instruction_of(files),
-        max_length: params.max_length,
-    };
+    let settings =
+        Settings { format, tokens, template, bos, instruction: instruction_of(files), max_length: params.max_length };
     Layout::new(tokenizer, settings)
 }
 
@@ -147,8 +145,22 @@ fn words_tokenizer(files: &[File], id2meta: Option<&Id2Meta>) -> Result<Tokenize
     let named = catalogue.flat_map(|r| r.clean_words()).flat_map(str::split_whitespace);
     let written = files.iter().flat_map(|f| &f.samples).flat_map(|s| s.output.split_whitespace());
     let words: BTreeSet<&str> = named.chain(written).collect();
+    of_names(words)
+}
+
+/// As [`words_tokenizer`], for the beginnings of TIDs.
+fn prefixes_tokenizer(files: &[File], id2meta: Option<&Id2Meta>) -> Result<Tokenizer, StageError> {
+    let catalogue = id2meta.into_iter().flat_map(|all| all.records()).filter(|r| r.has_valid_tid());
+    let named = catalogue.map(|r| r.clean_words().flat_map(str::split_whitespace).collect());
+    let written = files.iter().flat_map(|f| &f.samples).flat_map(|s| s.output.lines());
+    let tids = named.chain(written.map(|line| line.split_whitespace().collect())).collect();
+    let names = prefixes::vocabulary(&tids);
+    of_names(names.iter().map(String::as_str))
+}
+
+fn of_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Tokenizer, StageError> {
     let special = [special::WORDS_PAD, special::WORDS_START, special::WORDS_END, special::WORDS_UNKNOWN];
-    Ok(Tokenizer::of_words(words.into_iter().filter(|w| !special.contains(w)))?)
+    Ok(Tokenizer::of_words(names.into_iter().filter(|name| !special.contains(name)))?)
 }
 
 /// What became of the samples.

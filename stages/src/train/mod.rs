@@ -10,7 +10,7 @@ use grlm_nn::{
     Tokenizer,
     qwen3::Config,
     tokenizer::special,
-    train::{Model, Session, export, init},
+    train::{Allowed, Model, Session, export, init},
 };
 use serde_json::{Map, Value, json};
 
@@ -116,7 +116,8 @@ impl Stage for Train {
         let mut model = begin(params, &layout, base.as_deref(), cx)?;
         if params.normalize == Normalize::Allowed {
             let catalogue = Catalogue::new(params, &layout, id2meta.as_ref())?;
-            model.choose_among(catalogue.trie_for_losses(&layout, &corpus)?);
+            let trie = catalogue.trie_for_losses(&layout, &corpus)?;
+            model.choose_among(Allowed::new(trie, params.whole_tids)?);
         }
         let recall = match params.validation.recall {
             true => Some(recall::Recall::new(params, &layout, id2meta.as_ref(), cx)?),

@@ -102,14 +102,35 @@ const NEXT: [usize; 4] = [6, 11, 5, 0];
 #[test]
 fn a_model_that_only_tells_what_the_catalogue_allows_apart_learns_it_too() {
     let rec = builder("compact");
-    let settings = json!({
-        "normalize": "allowed", "unit_embeddings": true, "averaging": 0.9, "validation": {"recall": true, "every": 50},
-    });
-    let ran = bench(&rec).input_path("holdout", rec.path("holdout")).run("train", small(settings.clone())).unwrap();
-    let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
-    assert_eq!(info.trained_from["normalize"], "allowed");
-    assert!(info.trained_from["valid_recall@10"].as_f64() > Some(0.99));
-    assert!(info.trained_from["valid_loss"].as_f64().unwrap() < 0.3);
+    for (tokens, kind) in [("words", TokenKind::Words), ("prefixes", TokenKind::Prefixes)] {
+        let settings = json!({
+            "normalize": "allowed", "unit_embeddings": true, "averaging": 0.9, "tokens": tokens,
+            "whole_tids": if tokens == "words" { 0.0 } else { 0.2 },
+            "validation": {"recall": true, "every": 50},
+        });
+        let ran = bench(&rec).input_path("holdout", rec.path("holdout")).run("train", small(settings)).unwrap();
+        let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
+        assert_eq!((info.tokens, &info.trained_from["normalize"]), (kind, &json!("allowed")));
+        assert!(info.trained_from["valid_recall@10"].as_f64() > Some(0.99), "{tokens}");
+        assert!(info.trained_from["valid_loss"].as_f64().unwrap() < 0.3, "{tokens}");
+        // Of the histories' items one token a word, or the kind and the item.
+        let items: u64 = (0..40).map(|user| 4 + user % 4).sum();
+        let an_item = if tokens == "words" { 5 } else { 2 };
+        assert_eq!(info.trained_from["learned_tokens"], items * an_item);
+
+        let ask = |decoding: &str| {
+            let bench = Bench::new().input_path("checkpoint", ran.path("checkpoint")).input("id2meta", id2meta());
+            let normalize = if decoding == "free" { "full" } else { "allowed" };
+            let params = json!({"decoding": decoding, "normalize": normalize, "top_n": 1});
+            bench.input_path("holdout", rec.path("holdout")).run("generate", params)
+        };
+        for line in ask("catalogue").unwrap().lines("rankings") {
+            assert_eq!(line["items"][0], line["target"], "{line}");
+        }
+        if tokens == "prefixes" {
+            refuses(ask("free"), &["tokens: prefixes", "decoding: catalogue"]);
+        }
+    }
 
     let without = Bench::new().input_path("sft", rec.path("sft"));
     assert!(

@@ -450,45 +450,6 @@ mod tests {
     }
 
     #[test]
-    fn several_tiles_and_blocks_are_one_loss() {
-        // 700 items are three tiles, 300 rows two blocks; the last tile's items were all seen by the second row.
-        let (items, rows, width) = (700usize, 300usize, 4usize);
-        let wave = |i: usize| ((i * 37 % 101) as f32 / 50.0 - 1.0) * if i.is_multiple_of(13) { 9.0 } else { 1.0 };
-        let vectors: Vec<f32> = (0..items * width).map(wave).collect();
-        let hidden: Vec<f32> = (0..rows * width).map(|i| wave(i + 7)).collect();
-        let targets: Vec<u32> = (0..rows as u32).map(|r| r * 17 % 700).collect();
-        let inputs: Vec<u32> = (0..rows as u32).map(|r| 512 + r % 188).collect();
-        let starts = vec![0; rows];
-        let seen = Some(Seen { inputs: &inputs, starts: &starts });
-        let batch = Batch { hidden: &hidden, targets: &targets, width, seen };
-        let (mut hidden_grad, mut items_grad) = (vec![0.0; hidden.len()], vec![0.0; vectors.len()]);
-        let loss = full_softmax(&mut Tiles::default(), batch, &vectors, &mut hidden_grad, &mut items_grad);
-
-        let (mut expected, mut hidden_wanted) = (0.0, vec![0.0f64; hidden.len()]);
-        let mut items_wanted = vec![0.0f64; vectors.len()];
-        for row in 0..rows {
-            let state = &hidden[row * width..][..width];
-            let vector = |item: usize| &vectors[item * width..][..width];
-            let logit = |item: usize| state.iter().zip(vector(item)).map(|(a, b)| f64::from(a * b)).sum::<f64>();
-            let target = targets[row] as usize;
-            let kept: Vec<usize> =
-                (0..items).filter(|&i| i == target || !inputs[..=row].contains(&(i as u32))).collect();
-            let sum: f64 = kept.iter().map(|&i| logit(i).exp()).sum();
-            expected += sum.ln() - logit(target);
-            for &item in &kept {
-                let slope = (logit(item).exp() / sum - f64::from(u8::from(item == target))) / rows as f64;
-                for i in 0..width {
-                    hidden_wanted[row * width + i] += slope * f64::from(vector(item)[i]);
-                    items_wanted[item * width + i] += slope * f64::from(state[i]);
-                }
-            }
-        }
-        assert!((loss / expected - 1.0).abs() < 1e-5, "{loss} and {expected}");
-        let close = |a: &[f32], b: &[f64]| a.iter().zip(b).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5);
-        assert!(close(&hidden_grad, &hidden_wanted) && close(&items_grad, &items_wanted));
-    }
-
-    #[test]
     fn the_rate_warms_up_and_falls_and_the_average_lags_behind() {
         let mut trainer = trainer(Loss::Full, Scoring::Dot, Activation::Gelu);
         trainer.settings = Training { warmup_steps: 2, decay_steps: Some(6), averaging: 0.5, ..trainer.settings };

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::{
     attention::Heads,
-    kernels::{Dropout, inverse_rms, rms_norm_backward, swiglu, swiglu_backward, with_simd},
+    kernels::{Dropout, dot, inverse_rms, rms_norm_backward, swiglu, swiglu_backward, with_simd},
 };
 
 /// Rows that one task works on.
@@ -306,6 +306,16 @@ pub fn activation_grad(gate_up: &mut [f32], d: &[f32], width: usize) {
                 }
             },
         );
+    });
+}
+
+/// Brings every row to length 1. Those of length 0 stay.
+pub fn unit_rows(rows: &mut [f32], width: usize) {
+    rows.par_chunks_exact_mut(width).with_min_len(64).for_each(|row| {
+        let length = dot(row, row).sqrt();
+        if length > 0.0 {
+            row.iter_mut().for_each(|x| *x /= length);
+        }
     });
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::{
     attention::{self, Heads},
+    batch::Batch,
     blocks::{
         HeadNorms, Rotary, activation, activation_grad, add_branch, apply_dropout, merge_heads, rms_norm,
         rms_norm_grad, split_heads, split_heads_grad, unmerge_heads,
@@ -14,7 +15,6 @@ use super::{
     layout::LayerRanges,
     lora::{self, Adapter, Adapters, LayerAdapters},
     matrix::{Threads, matmul, view},
-    model::Batch,
 };
 use crate::qwen3::Config;
 

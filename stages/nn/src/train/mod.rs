@@ -7,6 +7,7 @@
 pub mod adamw;
 pub mod allowed;
 mod attention;
+mod batch;
 mod blocks;
 mod cross_entropy;
 pub mod data;
@@ -22,12 +23,15 @@ pub mod model;
 pub mod schedule;
 pub mod session;
 pub mod store;
+mod workspace;
 
 pub use adamw::{AdamW, AdamWOptions};
+pub use allowed::Allowed;
+pub use batch::{Batch, DropoutRates};
 pub use data::{Corpus, Sample, Source};
 pub use layout::Layout;
 pub use lora::{LoraOptions, Target};
-pub use model::{Batch, DropoutRates, Model};
+pub use model::Model;
 pub use schedule::{Decay, Schedule};
 pub use session::{Session, Settings};
 pub use store::Stored;

@@ -7,80 +7,19 @@
 
 use std::borrow::Cow;
 
-use rayon::prelude::*;
-
 use super::{
-    allowed::cross_entropy_allowed,
+    allowed::{Allowed, cross_entropy_allowed},
     attention::Heads,
-    blocks::{Rotary, apply_dropout, rms_norm, rms_norm_grad},
+    batch::{Batch, DropoutRates, Mode},
+    blocks::{Rotary, apply_dropout, rms_norm, rms_norm_grad, unit_rows},
     cross_entropy::{self, cross_entropy},
-    kernels::{Dropout, dot},
     layer::{Adapted, Layer, Scratch, Sink, Tape, size},
     layout::{LayerRanges, Layout, Tensor},
-    lora::{self, Adapters, LoraOptions},
+    lora::{Adapters, LoraOptions},
     matrix::{Threads, matmul, view},
+    workspace::Workspace,
 };
-use crate::{generate::Trie, qwen3::Config};
-
-/// Samples laid end to end. Attention never crosses from one to the next, and positions restart at each.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Batch {
-    pub tokens: Vec<u32>,
-    pub positions: Vec<u32>,
-    /// Lengths of the samples.
-    pub segments: Vec<usize>,
-    /// Places whose next token is learned, and that token.
-    pub targets: Vec<(usize, u32)>,
-}
-
-impl Batch {
-    /// Adds a sample; the tokens from `learned_from` on are what the model learns to write.
-    pub fn push(&mut self, tokens: &[u32], learned_from: usize) {
-        let base = self.tokens.len();
-        self.tokens.extend_from_slice(tokens);
-        self.positions.extend(0..tokens.len() as u32);
-        self.segments.push(tokens.len());
-        self.targets.extend((learned_from.max(1)..tokens.len()).map(|i| (base + i - 1, tokens[i])));
-    }
-
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
-    }
-}
-
-/// How much to drop while training, and the seed of which.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct DropoutRates {
-    /// Of embeddings and of every residual branch.
-    pub residual: f32,
-    pub seed: u64,
-}
-
-/// Memory for one batch, reused from batch to batch.
-#[derive(Default)]
-struct Workspace {
-    /// One for each layer; under recomputation only one, and each layer's input in `inputs`.
-    tapes: Vec<Tape>,
-    inputs: Vec<Vec<f32>>,
-    x: Vec<f32>,
-    again: Vec<f32>,
-    normed: Vec<f32>,
-    inverse: Vec<f32>,
-    branch: Vec<f32>,
-    selected: Vec<f32>,
-    d_selected: Vec<f32>,
-    logits: Vec<f32>,
-    dx: Vec<f32>,
-    d_normed: Vec<f32>,
-    d_wide: Vec<f32>,
-    d_heads: Vec<f32>,
-    d_attended: Vec<f32>,
-    lora: lora::Scratch,
-}
+use crate::qwen3::Config;
 
 /// A Qwen3's weights, adapters beside them if there are any, and the memory to train them.
 pub struct Model {
@@ -91,25 +30,8 @@ pub struct Model {
     pub weights: Vec<f32>,
     adapters: Option<Adapters>,
     recompute: bool,
-    allowed: Option<Trie>,
+    allowed: Option<Allowed>,
     work: Workspace,
-}
-
-/// Dropout while a batch is computed: none outside training.
-#[derive(Clone, Copy)]
-struct Mode {
-    rates: Option<DropoutRates>,
-}
-
-impl Mode {
-    /// Where dropout is applied: 0 is the embedding, then two branches a layer.
-    fn site(self, site: usize) -> Option<Dropout> {
-        self.rates.and_then(|rates| Dropout::new(rates.residual, rates.seed, site as u64))
-    }
-
-    fn seed(self) -> Option<u64> {
-        self.rates.map(|rates| rates.seed)
-    }
 }
 
 impl Model {
@@ -132,25 +54,19 @@ impl Model {
         self.recompute = recompute;
     }
 
-    /// Takes losses among what this trie allows: learned tokens are its entries, one after another.
-    pub fn choose_among(&mut self, trie: Trie) {
-        self.allowed = Some(trie);
+    /// Takes losses among what this catalogue allows: learned tokens are its entries, one after another.
+    pub fn choose_among(&mut self, allowed: Allowed) {
+        self.allowed = Some(allowed);
     }
 
-    /// Entries of the trie that losses are taken among.
-    pub fn entries_allowed(&self) -> Option<usize> {
-        self.allowed.as_ref().map(Trie::entries)
+    /// The catalogue that losses are taken among.
+    pub fn allowed(&self) -> Option<&Allowed> {
+        self.allowed.as_ref()
     }
 
     /// Brings every embedding to length 1. Those of length 0 stay.
     pub fn normalize_embeddings(&mut self) {
-        let width = self.config.hidden_size;
-        self.weights[self.layout.embedding.clone()].par_chunks_exact_mut(width).with_min_len(64).for_each(|row| {
-            let length = dot(row, row).sqrt();
-            if length > 0.0 {
-                row.iter_mut().for_each(|x| *x /= length);
-            }
-        });
+        unit_rows(&mut self.weights[self.layout.embedding.clone()], self.config.hidden_size);
     }
 
     /// Freezes the weights and puts adapters beside them.
@@ -235,7 +151,9 @@ impl Model {
         let (h, head) = (self.config.hidden_size, &self.weights[self.layout.head.clone()]);
         let work = &mut self.work;
         match &self.allowed {
-            Some(trie) => cross_entropy_allowed(trie, batch, &work.selected, head, h, &mut work.logits, gradients),
+            Some(allowed) => {
+                cross_entropy_allowed(allowed, batch, &work.selected, head, h, &mut work.logits, gradients)
+            }
             None => {
                 let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
                 cross_entropy(&work.selected, head, h, &targets, &mut work.logits, gradients)
@@ -365,25 +283,7 @@ impl Model {
     /// Numbers held for the batches so far.
     #[cfg(test)]
     pub fn workspace_len(&self) -> usize {
-        let w = &self.work;
-        let shared = [
-            &w.x,
-            &w.again,
-            &w.normed,
-            &w.inverse,
-            &w.branch,
-            &w.selected,
-            &w.d_selected,
-            &w.logits,
-            &w.dx,
-            &w.d_normed,
-            &w.d_wide,
-            &w.d_heads,
-            &w.d_attended,
-        ];
-        let tapes: usize = w.tapes.iter().map(Tape::len).sum();
-        // The last block of logits may be shorter than the others were.
-        tapes + w.inputs.iter().chain(shared).map(Vec::capacity).sum::<usize>()
+        self.work.len()
     }
 }
 
@@ -412,7 +312,10 @@ fn layer<'a>(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{kernels::Dropout, lora},
+        *,
+    };
 
     fn config(tied: bool) -> Config {
         Config {

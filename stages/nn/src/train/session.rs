@@ -294,7 +294,7 @@ impl Session {
             "{:?} {:?} {:?} {} trainable, {} samples, {tokens} tokens, weights {weights:?}",
             self.model.config(),
             self.settings,
-            self.model.entries_allowed(),
+            self.model.allowed().map(|allowed| (allowed.trie().entries(), allowed.whole())),
             self.gradients.len(),
             self.corpus.samples().count(),
         ))

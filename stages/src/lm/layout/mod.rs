@@ -7,7 +7,8 @@
 //! | `qwen3` | the same | an empty think block, output `<\|im_end\|>` ⏎ |
 //!
 //! These are the renderings of LlamaFactory's templates of those names. Prompt and response are tokenised apart, as
-//! there. Under `tokens: words` a sample is `bos` and the words of its items, and has no end.
+//! there. Under `tokens: words` a sample is `bos` and the words of its items, and has no end; `tokens: prefixes` likewise
+//! (see [`super::prefixes`]).
 //!
 //! A generation prompt ends behind `Item text ID:` and *without* the space that follows it, because subword tokenizers
 //! join that space with the bracket; in compact format it ends behind the line break of the last item.
@@ -84,12 +85,12 @@ impl Layout {
                 .ok_or_else(|| lacks(token, "the tokenizer is not the one that the model was trained with"))
         });
         let bos = bos.transpose()?;
-        if settings.tokens == TokenKind::Words && !tokenizer.is_of_words() {
+        if settings.tokens != TokenKind::Model && !tokenizer.is_of_words() {
             return Err(StageError::params("the tokenizer is not one of words")
                 .help("use `tokens: model`, or train from scratch on a compact SFT file"));
         }
         let end = match (settings.tokens, settings.template) {
-            (TokenKind::Words, _) => Vec::new(),
+            (TokenKind::Words | TokenKind::Prefixes, _) => Vec::new(),
             (TokenKind::Model, ChatTemplate::None) => tokenizer.id(special::TURN_END).into_iter().collect(),
             (TokenKind::Model, _) => {
                 for token in [special::TURN_START, special::TURN_END] {

@@ -23,7 +23,7 @@ impl Layout {
         if self.settings.format == SftFormat::Compact {
             let lines: Vec<Vec<u32>> = history.iter().map(|r| self.compact_line(r)).collect::<Result<_, _>>()?;
             let (mut tokens, before) = match self.settings.tokens {
-                TokenKind::Words => (self.bos.into_iter().collect(), Vec::new()),
+                TokenKind::Words | TokenKind::Prefixes => (self.bos.into_iter().collect(), Vec::new()),
                 TokenKind::Model => self.frame("")?,
             };
             tokens.extend(before);
@@ -64,7 +64,7 @@ impl Layout {
     fn compact_line(&self, record: &TidRecord) -> Result<Vec<u32>, StageError> {
         let mut line = String::new();
         rec_text::push_compact(&mut line, record);
-        Ok(self.tokenizer.encode(&line)?)
+        self.line(&line)
     }
 
     /// The tokens that go on from a prompt with an item's TID, to its end: the bracket (with the line break, where the

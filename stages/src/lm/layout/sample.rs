@@ -4,7 +4,10 @@ use super::{Layout, newest_within, user_turn_start};
 use crate::{
     StageError,
     artifact::{ChatTemplate, TokenKind},
-    lm::samples::{Sample, Shape, content, items},
+    lm::{
+        prefixes,
+        samples::{Sample, Shape, content, items},
+    },
 };
 
 /// A sample in tokens.
@@ -25,7 +28,7 @@ impl Layout {
     /// The tokenizer cannot take the text.
     pub fn sample(&self, sample: &Sample) -> Result<Laid, StageError> {
         match (self.settings.tokens, sample.shape()) {
-            (TokenKind::Words, _) => self.words_sample(&sample.output),
+            (TokenKind::Words | TokenKind::Prefixes, _) => self.words_sample(&sample.output),
             (_, Shape::Compact) => self.compact_sample(&sample.output),
             (_, Shape::History) => self.history_sample(sample),
             (_, Shape::Other) => self.other_sample(sample),
@@ -33,15 +36,23 @@ impl Layout {
     }
 
     fn words_sample(&self, output: &str) -> Result<Laid, StageError> {
-        let lines: Vec<Vec<u32>> = output.lines().map(|line| self.tokenizer.encode(line)).collect::<Result<_, _>>()?;
+        let lines: Vec<Vec<u32>> = output.lines().map(|line| self.line(line)).collect::<Result<_, _>>()?;
         Ok(self.newest(&lines))
+    }
+
+    /// The tokens of a line of a compact sample.
+    fn line(&self, line: &str) -> Result<Vec<u32>, StageError> {
+        match self.settings.tokens {
+            TokenKind::Prefixes => Ok(prefixes::encode(&self.tokenizer, &line.split_whitespace().collect::<Vec<_>>())),
+            TokenKind::Words | TokenKind::Model => Ok(self.tokenizer.encode(line)?),
+        }
     }
 
     /// Lines are tokenised one by one, as generation reads them.
     fn compact_sample(&self, output: &str) -> Result<Laid, StageError> {
         let mut lines = Vec::new();
         for line in output.lines() {
-            lines.push(self.tokenizer.encode(&format!("{line}\n"))?);
+            lines.push(self.line(&format!("{line}\n"))?);
         }
         let (head, before) = self.frame("")?;
         let room = self.settings.max_length.saturating_sub(head.len() + before.len() + self.end.len());

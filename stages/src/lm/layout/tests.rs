@@ -5,7 +5,7 @@ use super::{Layout, Settings};
 use crate::{
     Compat,
     artifact::{ChatTemplate, SftFormat, TidRecord, TokenKind},
-    lm::Sample,
+    lm::{Sample, prefixes},
     sft::rec_text::{self, Place},
 };
 
@@ -52,6 +52,12 @@ fn layout(format: SftFormat, tokens: TokenKind, template: ChatTemplate, max_leng
             words.dedup();
             (Tokenizer::of_words(words).unwrap(), Some(special::WORDS_START.to_owned()))
         }
+        TokenKind::Prefixes => {
+            let tids = catalogue.iter().map(|r| r.clean_words().collect()).collect();
+            let names = prefixes::vocabulary(&tids);
+            let tokenizer = Tokenizer::of_words(names.iter().map(String::as_str)).unwrap();
+            (tokenizer, Some(special::WORDS_START.to_owned()))
+        }
         TokenKind::Model => {
             let text = sample(SftFormat::Text, &all);
             let texts = [text.content(), text.output];
@@ -66,7 +72,8 @@ fn layout(format: SftFormat, tokens: TokenKind, template: ChatTemplate, max_leng
 
 fn layouts() -> impl Iterator<Item = Layout> {
     let templates = [ChatTemplate::None, ChatTemplate::Qwen3Nothink, ChatTemplate::Qwen3];
-    let mut all = vec![layout(SftFormat::Compact, TokenKind::Words, ChatTemplate::None, 1000)];
+    let of_words = [TokenKind::Words, TokenKind::Prefixes];
+    let mut all = Vec::from(of_words.map(|t| layout(SftFormat::Compact, t, ChatTemplate::None, 1000)));
     for format in [SftFormat::Text, SftFormat::Compact] {
         all.extend(templates.map(|template| layout(format, TokenKind::Model, template, 1000)));
     }
@@ -97,6 +104,7 @@ fn prompt_and_tid_are_the_beginning_of_what_training_sees() {
                     (SftFormat::Text, _) => assert_eq!(text.trim_end(), format!(" [{}]", words.join(", "))),
                     (_, TokenKind::Model) => assert_eq!(text, words.join(" ") + "\n"),
                     (_, TokenKind::Words) => assert_eq!(tid.len(), 5),
+                    (_, TokenKind::Prefixes) => assert!(text.ends_with(&words.join(",")) && tid.len() < 3),
                 }
             }
         }
@@ -135,8 +143,9 @@ fn long_histories_lose_their_oldest_items_in_training_and_in_prompts() {
         assert!(laid.cut && laid.tokens.len() <= limit && laid.learned_from < laid.tokens.len());
         let tail = 20.min(laid.tokens.len() / 2);
         assert!(laid.tokens.ends_with(&full.tokens[full.tokens.len() - tail..]), "the newest items stay");
-        let prompt = short.prompt(&history, Compat::Fixed, 30).unwrap();
-        assert!(prompt.len() + 30 <= limit);
+        let room = 30.min(limit / 3);
+        let prompt = short.prompt(&history, Compat::Fixed, room).unwrap();
+        assert!(prompt.len() + room <= limit);
         assert!(short.prompt(&history, Compat::Fixed, limit).is_err());
     }
 }
@@ -166,8 +175,11 @@ fn other_long_samples_lose_the_end_of_their_prompt() {
 
 #[test]
 fn a_tid_with_an_unknown_word_cannot_be_written() {
-    let layout = layout(SftFormat::Compact, TokenKind::Words, ChatTemplate::None, 100);
-    assert_eq!(layout.tid(&record(["soap", "olive", "bar", "hand", "new"], None), Compat::Fixed).unwrap(), None);
+    for tokens in [TokenKind::Words, TokenKind::Prefixes] {
+        let layout = layout(SftFormat::Compact, tokens, ChatTemplate::None, 100);
+        let unknown = record(["soap", "olive", "bar", "hand", "new"], None);
+        assert_eq!(layout.tid(&unknown, Compat::Fixed).unwrap(), None);
+    }
 }
 
 #[test]

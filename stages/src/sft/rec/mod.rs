@@ -1,7 +1,7 @@
 //! Stage `sft_rec`: from users' sequences to training samples, the two TID maps and the held-out targets.
 //!
 //! A user's last `max_items` items are taken; the last of them is the test target, the one before it the validation
-//! target, the rest is the training history. `users` decides who is kept, `write` puts samples together.
+//! target, the rest is the training history, to which `with_valid` adds the validation target. `users` decides who is kept, `write` puts samples together.
 //!
 //! | | reference | fixed |
 //! |---|---|---|
@@ -55,6 +55,9 @@ pub struct Params {
     pub max_items: usize,
     /// Users with fewer usable items are left out.
     pub min_items: usize,
+    /// Whether samples go on to the validation target: for the model that ranks the test items, once another one, trained
+    /// without, has fixed all settings. What is held out stays as it is.
+    pub with_valid: bool,
     /// What becomes of sequences with items that cannot be named.
     pub unknown_items: UnknownItems,
     /// Whether to write `records` too: every sample with its ids, words and whole target records. Large; always
@@ -69,6 +72,7 @@ impl Default for Params {
             format: Format::Text,
             max_items: 20,
             min_items: 3,
+            with_valid: false,
             unknown_items: UnknownItems::DropUser,
             records: false,
         }
@@ -118,6 +122,12 @@ impl Stage for SftRec {
         }
         if params.max_items < params.min_items {
             issues.push(ParamIssue::new("max_items", "must not be less than `min_items`"));
+        }
+        if params.with_valid && params.compat.is_reference() {
+            issues.push(ParamIssue::new("with_valid", "`compat: reference` trains without the validation targets"));
+        }
+        if params.with_valid && params.records {
+            issues.push(ParamIssue::new("records", "records are of samples without the validation targets"));
         }
         if params.format == Format::Compact {
             if params.compat.is_reference() {
@@ -230,6 +240,22 @@ mod tests {
                 {"instruction": "", "input": "", "output": "w5 b c d e\n"}
             ])
         );
+    }
+
+    #[test]
+    fn samples_may_go_on_to_the_validation_target() {
+        for format in ["text", "compact"] {
+            let run = |with_valid: bool| {
+                run("u 1 2 3 4\nv 5 6 7\n", json!({"format": format, "with_valid": with_valid})).unwrap()
+            };
+            let (ran, without) = (run(true), run(false));
+            assert_eq!(ran.lines("holdout"), without.lines("holdout"));
+            let samples = ran.json("sft");
+            assert_eq!(samples.as_array().unwrap().len(), 2);
+            let text = samples[1]["input"].as_str().unwrap().to_owned() + samples[1]["output"].as_str().unwrap();
+            assert!(text.contains("w5") && text.contains("w6") && !text.contains("w7"), "{text}");
+        }
+        assert!(run("u 1 2 3\n", json!({"with_valid": true, "compat": "reference"})).is_err());
     }
 
     #[test]

@@ -20,9 +20,14 @@ pub struct User<'a> {
 }
 
 impl User<'_> {
-    /// The items that training may see.
+    /// The items before both targets.
     pub fn history(&self) -> &[usize] {
         &self.items[..self.items.len() - 2]
+    }
+
+    /// The items of this user's sample.
+    pub fn sample(&self, with_valid: bool) -> &[usize] {
+        &self.items[..self.items.len() - if with_valid { 1 } else { 2 }]
     }
 
     pub fn valid(&self) -> usize {

@@ -41,12 +41,12 @@ impl Parts {
         Self { first: all(Place::First), later: all(Place::Later) }
     }
 
-    fn input(&self, user: &User<'_>) -> &[u8] {
-        user.history().first().map_or(&[], |&i| &self.first[i])
+    fn input(&self, items: &[usize]) -> &[u8] {
+        items.first().map_or(&[], |&i| &self.first[i])
     }
 
-    fn output<'a>(&'a self, user: &'a User<'_>) -> impl Iterator<Item = &'a [u8]> {
-        user.history().iter().skip(1).map(|&i| &*self.later[i])
+    fn output<'a>(&'a self, items: &'a [usize]) -> impl Iterator<Item = &'a [u8]> {
+        items.iter().skip(1).map(|&i| &*self.later[i])
     }
 }
 
@@ -64,10 +64,11 @@ pub fn samples(
     let instruction = escaped(&prompts.sft_rec.instruction);
     let mut writer = ArrayWriter::create(path)?;
     for user in &users.kept {
-        let (input, output) = (parts.input(user), parts.output(user));
+        let items = user.sample(params.with_valid);
+        let (input, output) = (parts.input(items), parts.output(items));
         match params.format {
             Format::Compact => writer.push(|out| push_sample(out, b"", [], [input].into_iter().chain(output)))?,
-            Format::Text if user.history().len() < 2 && !params.compat.is_reference() => {}
+            Format::Text if items.len() < 2 && !params.compat.is_reference() => {}
             Format::Text => writer.push(|out| push_sample(out, &instruction, [input], output))?,
         }
     }
@@ -111,7 +112,7 @@ pub fn records(
     for user in &users.kept {
         writer.push(|out| {
             out.push(b'{');
-            push_fields(out, &instruction, [parts.input(user)], parts.output(user));
+            push_fields(out, &instruction, [parts.input(user.history())], parts.output(user.history()));
             out.push(b',');
             push_name(out, "metadata");
             push_metadata(out, user);

@@ -40,7 +40,8 @@ pub fn check(params: &Params) -> Vec<ParamIssue> {
     refuse(params.dropout > 0.0, "dropout", "LlamaFactory has no dropout of residual branches", native);
     refuse(params.averaging > 0.0, "averaging", "LlamaFactory keeps no average of the weights", native);
     refuse(params.normalize == Normalize::Allowed, "normalize", "LlamaFactory's loss is over all tokens", native);
-    refuse(params.tokens == TokensChoice::Words, "tokens", "LlamaFactory uses the model's own tokens", native);
+    let words = matches!(params.tokens, TokensChoice::Words | TokensChoice::Prefixes);
+    refuse(words, "tokens", "LlamaFactory uses the model's own tokens", native);
     refuse(
         params.template.fixed() == Some(ChatTemplate::None),
         "template",
@@ -49,6 +50,8 @@ pub fn check(params: &Params) -> Vec<ParamIssue> {
     );
     let floored = params.lr_floor > 0.0 && params.schedule == DecayKind::Linear;
     refuse(floored, "lr_floor", "LlamaFactory's linear schedule goes down to 0", "use `schedule: cosine`");
+    let scaled = params.method == Method::Lora && params.lora.alpha.fract() != 0.0;
+    refuse(scaled, "lora.alpha", "LlamaFactory takes whole numbers only", "round it, or use `backend: grlm`");
     refuse(params.validation.recall, "validation.recall", "LlamaFactory validates by loss", native);
     let saved = match params.llamafactory.precision {
         Precision::F32 => SavedType::F32,
@@ -102,7 +105,7 @@ pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_step
     set("finetuning_type", params.method.name().into());
     if params.method == Method::Lora {
         set("lora_rank", params.lora.rank.into());
-        set("lora_alpha", json!(params.lora.alpha.round() as u64));
+        set("lora_alpha", json!(params.lora.alpha as u64));
         set("lora_dropout", number(f64::from(params.lora.dropout)));
         let targets: Vec<&str> = params.lora.targets.iter().map(|t| t.engine().module()).collect();
         set("lora_target", targets.join(",").into());
@@ -308,11 +311,12 @@ mod tests {
         assert!(check(&params()).is_empty());
         assert!(check(&Params { dropout: 0.1, ..Params::default() }).is_empty(), "not its business");
         type Edit = fn(&mut Params);
-        let cases: [(&str, Edit); 6] = [
+        let cases: [(&str, Edit); 7] = [
             ("method", |p| p.method = Method::Scratch),
             ("dropout", |p| p.dropout = 0.1),
             ("template", |p| p.template = super::super::super::params::TemplateChoice::None),
             ("lr_floor", |p| (p.lr_floor, p.schedule) = (0.1, DecayKind::Linear)),
+            ("lora.alpha", |p| (p.method, p.lora.alpha) = (Method::Lora, 12.5)),
             ("validation.recall", |p| p.validation.recall = true),
             ("save_as", |p| p.save_as = Some(SavedType::F32)),
         ];

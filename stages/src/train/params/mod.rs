@@ -4,306 +4,20 @@ use std::collections::BTreeMap;
 
 use grlm_nn::{
     qwen3::Config,
-    train::{AdamWOptions, Decay, LoraOptions, Stored, Target, memory},
+    train::{AdamWOptions, Decay, LoraOptions, Stored, memory},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::llamafactory;
 use crate::{Compat, ParamIssue, artifact::ChatTemplate, generate::Normalize, model_folder};
 
-/// What is trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// A new model of the given `architecture`, with a tokenizer made from the samples.
-    #[default]
-    Scratch,
-    /// All weights of the model at the input `model`.
-    Full,
-    /// Low-rank adapters beside the frozen weights of the model at the input `model`; merged at the end.
-    Lora,
-}
+mod choices;
+mod groups;
 
-impl Method {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Scratch => "scratch",
-            Self::Full => "full",
-            Self::Lora => "lora",
-        }
-    }
-}
-
-/// Who trains.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Backend {
-    /// This program, on the CPU.
-    #[default]
-    Grlm,
-    /// `llamafactory-cli`, on the leased GPUs.
-    Llamafactory,
-}
-
-/// What a model from scratch writes and reads.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum TokensChoice {
-    /// `words` from scratch on compact samples, else `model`.
-    #[default]
-    Auto,
-    /// One token for every word of a TID.
-    Words,
-    /// Subwords: of the model's own tokenizer or, from scratch, of one learned on the samples.
-    Model,
-}
-
-/// What stands around a sample.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum TemplateChoice {
-    /// `none` from scratch, else what the model was trained with before, else `qwen3_nothink`.
-    #[default]
-    #[serde(rename = "auto")]
-    Auto,
-    /// Nothing but instruction, input and response.
-    #[serde(rename = "none")]
-    None,
-    /// Qwen3's chat markup: right for Instruct-2507 models.
-    #[serde(rename = "qwen3_nothink")]
-    Qwen3Nothink,
-    /// Qwen3's chat markup with an empty think block in the response: right for hybrid Qwen3 models.
-    #[serde(rename = "qwen3")]
-    Qwen3,
-}
-
-impl TemplateChoice {
-    pub fn fixed(self) -> Option<ChatTemplate> {
-        match self {
-            Self::Auto => None,
-            Self::None => Some(ChatTemplate::None),
-            Self::Qwen3Nothink => Some(ChatTemplate::Qwen3Nothink),
-            Self::Qwen3 => Some(ChatTemplate::Qwen3),
-        }
-    }
-}
-
-/// The shape of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DecayKind {
-    #[default]
-    Cosine,
-    Linear,
-    Constant,
-}
-
-/// The type of the saved weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum SavedType {
-    F32,
-    Bf16,
-}
-
-/// The shape of a model from scratch: a Qwen3.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Architecture {
-    /// Width of embeddings and hidden states.
-    pub hidden: usize,
-    /// Inner width of the gated blocks.
-    pub intermediate: usize,
-    pub layers: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Heads of keys and values; must divide `heads`.
-    pub kv_heads: usize,
-    /// Width of a head; even.
-    pub head_dim: usize,
-    /// Tokens at most, where a tokenizer is learned on the samples; a vocabulary of words is as large as it is.
-    pub vocabulary: usize,
-    /// Whether the output head is the embedding matrix.
-    pub tied: bool,
-    /// Base of the rotary positions.
-    pub rope_theta: f64,
-    /// Standard deviation of the first weights.
-    pub init_std: f64,
-}
-
-impl Default for Architecture {
-    fn default() -> Self {
-        Self {
-            hidden: 128,
-            intermediate: 384,
-            layers: 4,
-            heads: 4,
-            kv_heads: 4,
-            head_dim: 32,
-            vocabulary: 8192,
-            tied: true,
-            rope_theta: 10_000.0,
-            init_std: 0.02,
-        }
-    }
-}
-
-impl Architecture {
-    pub fn config(&self, vocab_size: usize, max_positions: usize) -> Config {
-        Config {
-            vocab_size,
-            hidden_size: self.hidden,
-            intermediate_size: self.intermediate,
-            layers: self.layers,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            max_positions,
-            rope_theta: self.rope_theta,
-            rms_norm_eps: 1e-6,
-            tied: self.tied,
-            bos_token: None,
-            eos_tokens: Vec::new(),
-            pad_token: None,
-            initializer_range: self.init_std,
-        }
-    }
-}
-
-/// A matrix of a layer, by its usual name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[expect(clippy::enum_variant_names, reason = "the names that PEFT and LlamaFactory know them by")]
-pub enum LoraTarget {
-    QProj,
-    KProj,
-    VProj,
-    OProj,
-    GateProj,
-    UpProj,
-    DownProj,
-}
-
-impl LoraTarget {
-    pub const ALL: [Self; 7] =
-        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
-
-    pub fn engine(self) -> Target {
-        match self {
-            Self::QProj => Target::Query,
-            Self::KProj => Target::Key,
-            Self::VProj => Target::Value,
-            Self::OProj => Target::Output,
-            Self::GateProj => Target::Gate,
-            Self::UpProj => Target::Up,
-            Self::DownProj => Target::Down,
-        }
-    }
-}
-
-/// Settings of `method: lora`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Lora {
-    pub rank: usize,
-    /// Adapters are scaled by `alpha / rank`.
-    pub alpha: f64,
-    /// Dropout of what goes into an adapter.
-    pub dropout: f32,
-    /// The matrices that get an adapter.
-    pub targets: Vec<LoraTarget>,
-}
-
-impl Default for Lora {
-    fn default() -> Self {
-        Self { rank: 16, alpha: 32.0, dropout: 0.0, targets: LoraTarget::ALL.to_vec() }
-    }
-}
-
-/// What is looked at beside the training loss, and when. With the inputs `holdout` and `id2meta` it is each user's
-/// validation item; with the input `valid`, those samples; with `share`, samples that are then not trained on.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Validation {
-    /// Steps between two looks; an epoch's worth if not given.
-    pub every: Option<u64>,
-    /// Users (or samples) at most, chosen by `seed`.
-    pub users: usize,
-    /// Share of the samples that is held out where neither `holdout` nor `valid` is connected.
-    pub share: f64,
-    /// Looks without a better value after which training stops; the best model is kept in any case.
-    pub patience: Option<u64>,
-    /// Choose the best model by recall@10 of the held-out items, found by constrained beam search, and not by loss.
-    pub recall: bool,
-    /// Beams of that search.
-    pub beams: usize,
-}
-
-impl Default for Validation {
-    fn default() -> Self {
-        Self { every: None, users: 1000, share: 0.0, patience: None, recall: false, beams: 20 }
-    }
-}
-
-/// The type in which LlamaFactory trains and saves.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    #[default]
-    Bf16,
-    F32,
-}
-
-/// How DeepSpeed shares a model out over GPUs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Deepspeed {
-    /// Every GPU holds all.
-    #[default]
-    None,
-    /// Gradients and optimiser states are shared out.
-    Zero2,
-    /// Weights too.
-    Zero3,
-}
-
-impl Deepspeed {
-    pub fn is_on(self) -> bool {
-        self != Self::None
-    }
-}
-
-/// Settings of `backend: llamafactory`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Llamafactory {
-    /// The program, by name or path.
-    pub command: String,
-    /// The type in which it trains and saves.
-    pub precision: Precision,
-    /// How the model is shared out over GPUs.
-    pub deepspeed: Deepspeed,
-    /// Several samples a row, without attention from one to another (LlamaFactory's `neat_packing`).
-    pub packing: bool,
-    /// Steps between two lines of the curve.
-    pub logging_steps: u64,
-    /// Further arguments of LlamaFactory, as they stand in its files.
-    pub extra: BTreeMap<String, Value>,
-}
-
-impl Default for Llamafactory {
-    fn default() -> Self {
-        Self {
-            command: "llamafactory-cli".into(),
-            precision: Precision::Bf16,
-            deepspeed: Deepspeed::None,
-            packing: false,
-            logging_steps: 10,
-            extra: BTreeMap::new(),
-        }
-    }
-}
+pub use choices::{Backend, DecayKind, Deepspeed, Method, Precision, SavedType, TemplateChoice, TokensChoice};
+pub use groups::Validation;
+use groups::{Architecture, Llamafactory, Lora};
 
 /// Parameters of `train`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -361,6 +75,10 @@ pub struct Params {
     /// Among what a word's loss is taken. `allowed` needs `id2meta` and a compact SFT file; rank with the same
     /// `normalize` in `generate`.
     pub normalize: Normalize,
+    /// With `tokens: prefixes` and `normalize: allowed`: the weight of a second loss, in which the next item is told among
+    /// all TIDs at once, before its first token is written. Items are then told from all others, and not only from
+    /// those with the same beginning. The losses of the curve leave it out.
+    pub whole_tids: f32,
     /// From scratch: keeps every embedding at length 1, so that a tied head scores words by cosine, as `sasrec` scores
     /// items. Frequent words are then not favoured for their length.
     pub unit_embeddings: bool,
@@ -412,6 +130,7 @@ impl Default for Params {
             clip: optimizer.clip,
             dropout: 0.0,
             normalize: Normalize::Full,
+            whole_tids: 0.0,
             unit_embeddings: false,
             averaging: 0.0,
             gradient_checkpointing: false,
@@ -556,10 +275,10 @@ impl Params {
             let bad = !(*weight >= 0.0 && weight.is_finite());
             refuse(bad, &format!("weights.{name}"), "must not be negative");
         }
-        let words = self.tokens == TokensChoice::Words;
-        refuse(words && self.method != Method::Scratch, "tokens", "`words` is for models from scratch");
+        let words = matches!(self.tokens, TokensChoice::Words | TokensChoice::Prefixes);
+        refuse(words && self.method != Method::Scratch, "tokens", "`words` and `prefixes` are for models from scratch");
         let template = self.template.fixed().unwrap_or(ChatTemplate::None);
-        refuse(words && template != ChatTemplate::None, "template", "`tokens: words` has no template");
+        refuse(words && template != ChatTemplate::None, "template", "tokens that are whole words have no template");
         let new = self.method == Method::Scratch;
         refuse(self.unit_embeddings && !new, "unit_embeddings", "is for models from scratch");
         refuse(
@@ -567,6 +286,9 @@ impl Params {
             "train_on_prompt",
             "under `normalize: allowed` only TIDs are learned",
         );
+        refuse(!(self.whole_tids >= 0.0 && self.whole_tids.is_finite()), "whole_tids", "must not be negative");
+        let told = self.tokens == TokensChoice::Prefixes && self.normalize == Normalize::Allowed;
+        refuse(self.whole_tids > 0.0 && !told, "whole_tids", "needs `tokens: prefixes` and `normalize: allowed`");
         refuse(new && self.model.is_some(), "model", "`method: scratch` starts from nothing");
         refuse(self.llamafactory.logging_steps == 0, "llamafactory.logging_steps", "must be at least 1");
         issues.extend(self.model.as_ref().and_then(|name| model_folder::issue("model", name)));

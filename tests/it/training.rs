@@ -1,0 +1,103 @@
+//! A language model in training, killed and run again through the engine.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use crate::environment::Environment;
+
+const PIPELINE: &str = r#"
+name: learn
+stages:
+  sft_rec:
+    uses: sft_rec
+    inputs: { id2meta: { file: id2meta.json }, sequences: { file: sequences.txt } }
+    with: { format: compact }
+  train:
+    uses: train
+    inputs: { sft: sft_rec.sft, holdout: sft_rec.holdout, id2meta: { file: id2meta.json } }
+    with:
+      architecture: { hidden: 32, intermediate: 64, layers: 2, heads: 2, kv_heads: 1, head_dim: 16 }
+      max_length: 64
+      steps: 400
+      batch: 8
+      dropout: 0.2
+      averaging: 0.9
+      validation: { users: 20, every: 30 }
+      save_every: 20
+    resources: { cpus: 1 }
+"#;
+
+fn environment() -> Environment {
+    let env = Environment::new();
+    env.write("learn.yaml", PIPELINE);
+    let record = |i: usize| {
+        let words: Vec<String> = (0..5).map(|place| format!("w{}", i * (place + 1) % 30)).collect();
+        (i.to_string(), json!({"id": i.to_string(), "summary_words": words}))
+    };
+    env.write("id2meta.json", &Value::Object((0..30).map(record).collect()).to_string());
+    let line = |user: usize| {
+        let items: Vec<String> = (0..8).map(|i| ((user * 7 + i * i) % 30).to_string()).collect();
+        format!("u{user} {}\n", items.join(" "))
+    };
+    env.write("sequences.txt", &(0..60).map(line).collect::<String>());
+    env
+}
+
+/// The checkpoint that training goes on from, wherever in the store it lies.
+fn checkpoint(folder: &Path) -> Option<PathBuf> {
+    fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find_map(|path| match path.is_dir() {
+        true => checkpoint(&path),
+        false => path.ends_with("checkpoint.safetensors").then_some(path),
+    })
+}
+
+fn identity(env: &Environment) -> Option<u64> {
+    checkpoint(&env.path(".grlm/scratch")).and_then(|path| fs::metadata(path).ok()).map(|data| data.ino())
+}
+
+/// The curve but for its speeds, and the weights.
+fn result(env: &Environment) -> (Vec<Value>, Vec<u8>) {
+    let curve = env.read("out/learn/train/curve.jsonl");
+    let point = |line: &str| {
+        let mut point: Value = serde_json::from_str(line).unwrap();
+        point.as_object_mut().unwrap().remove("tokens_per_s");
+        point
+    };
+    let weights = fs::read(env.path("out/learn/train/checkpoint/model.safetensors")).unwrap();
+    (curve.lines().map(point).collect(), weights)
+}
+
+#[test]
+fn killed_five_times_it_ends_in_the_same_weights() {
+    let undisturbed = environment();
+    undisturbed.ok(&["run", "learn.yaml"]);
+    let wanted = result(&undisturbed);
+    assert_eq!(wanted.0.len(), 14, "a look every 30 steps, and one at the end");
+
+    let env = environment();
+    for round in 0..5 {
+        let before = identity(&env);
+        let mut child = env.command(&["run", "learn.yaml"]).spawn().unwrap();
+        let start = Instant::now();
+        while identity(&env).is_none_or(|now| Some(now) == before) {
+            assert!(child.try_wait().unwrap().is_none(), "round {round}: it ended before it was killed");
+            assert!(start.elapsed() < Duration::from_secs(120), "round {round}: no checkpoint");
+            thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    env.ok(&["run", "learn.yaml"]);
+    let mut logs = env.tree(".grlm/runs").into_iter().map(|(_, text)| String::from_utf8_lossy(&text).into_owned());
+    assert!(logs.any(|text| text.contains("going on after step")));
+    let found = result(&env);
+    assert_eq!(found.0, wanted.0);
+    assert!(found.1 == wanted.1, "the weights differ");
+}
