@@ -41,7 +41,7 @@ impl Layout {
     }
 
     /// The tokens of a line of a compact sample.
-    fn line(&self, line: &str) -> Result<Vec<u32>, StageError> {
+    pub(super) fn line(&self, line: &str) -> Result<Vec<u32>, StageError> {
         match self.settings.tokens {
             TokenKind::Prefixes => Ok(prefixes::encode(&self.tokenizer, &line.split_whitespace().collect::<Vec<_>>())),
             TokenKind::Words | TokenKind::Model => Ok(self.tokenizer.encode(line)?),
