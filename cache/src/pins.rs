@@ -74,6 +74,14 @@ impl Store {
         Ok(pins)
     }
 
+    /// Whether [`Store::pin`] could keep something by this name.
+    ///
+    /// # Errors
+    /// It could not.
+    pub fn check_pin(&self, name: &str) -> Result<()> {
+        self.pin_path(name).map(|_| ())
+    }
+
     fn pin_path(&self, name: &str) -> Result<PathBuf> {
         self.require_write()?;
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');

@@ -1,7 +1,12 @@
 //! What `grlm plan` says when it is given devices: the run played on them, by the scheduler that would run it, with
 //! durations that were recorded or that the user gives.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+    time::Duration,
+};
 
 use grlm_cache::Store;
 use serde_json::json;
@@ -17,7 +22,7 @@ use crate::{
     error::CliError,
     events::human_duration,
     exit_codes::Code,
-    pipeline::read_span,
+    pipeline::{hint, read_span},
     simulate::{SimulatedTask, Span, Timeline, simulate},
 };
 
@@ -61,6 +66,21 @@ impl Forecast {
     /// Plays what would run, or everything.
     pub fn play(&self, store: &Store, work: &Work, plan: &[Foreseen], machine: &Machine) -> Result<Foretold, CliError> {
         let given = self.given()?;
+        let names = || {
+            work.nodes
+                .iter()
+                .flat_map(|node| &node.places)
+                .map(|place| work.pipelines[place.pipeline].stages[place.stage].name.as_str())
+        };
+        let known: BTreeSet<&str> = names().chain(work.nodes.iter().map(|node| &*node.label)).collect();
+        if let Some(stage) = given.keys().find(|stage| !known.contains(stage.as_str())) {
+            let help = hint::nearest(stage, known.iter().copied()).map(|near| format!("did you mean `{near}`?"));
+            return Err(CliError::message(
+                Code::Pipeline,
+                format!("a time is given for `{stage}`, which is no stage"),
+                help,
+            ));
+        }
         let runs = |id: &NodeId| match &plan[*id] {
             Foreseen::Run { .. } | Foreseen::Maybe { .. } => true,
             Foreseen::UpToDate(_) => self.from_scratch,

@@ -74,10 +74,10 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         return Err(StoreError::Absent { root: global.store.clone() }.into());
     }
     let store = request::open_store(global, Access::Write)?;
-    if let Some(limit) = args.limit {
+    if let Some(limit) = args.limit.filter(|_| !args.dry_run) {
         store.set_limit(limit)?;
     }
-    let (limit, _) = store.limit();
+    let limit = args.limit.unwrap_or_else(|| store.limit().0);
     let max_bytes = args.max_size.or((args.max_age.is_none() || args.limit.is_some()).then_some(limit));
     let asked = || in_use(&store);
     let collect = Collect { max_bytes, max_age: args.max_age, dry_run: args.dry_run, in_use: &asked };

@@ -127,6 +127,7 @@ pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request
     let machine = request::machine(&how.devices, work)?;
     request::check_simulated(&machine, work)?;
     let store = request::open_store(global, Access::Write)?;
+    how.name.iter().try_for_each(|name| store.check_pin(name))?;
     let (out, name) = (how.out.clone(), how.name.clone());
     let options = Options { out, name, keep_going: how.keep_going, command: std::env::args().collect() };
     let ended = run::run(Arc::clone(&store), work, machine, &options, how.reporter(global).as_mut())?;

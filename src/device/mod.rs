@@ -112,7 +112,10 @@ impl FromStr for Selection {
             let (count, size) = group.split_once('x').unwrap_or((group, "80GiB"));
             let count = count.parse().ok().filter(|n| (1..=1024).contains(n));
             let count: usize = count.ok_or_else(|| format!("`{group}` must name between 1 and 1024 devices"))?;
-            let size = parse_bytes(size).filter(|s| *s > 0).ok_or_else(|| format!("`{size}` is no size: {FORMS}"))?;
+            // Bytes without a unit are a slip: nobody means a GPU of 80 of them.
+            let size = parse_bytes(size)
+                .filter(|bytes| *bytes > 0 && !size.ends_with(|c: char| c.is_ascii_digit()))
+                .ok_or_else(|| format!("`{size}` is no size: {FORMS}"))?;
             sizes.extend(std::iter::repeat_n(size, count));
         }
         Ok(Self::Simulated(sizes))
@@ -152,7 +155,9 @@ mod tests {
         assert_eq!(read("sim:2x80GiB"), Ok(Selection::Simulated(vec![80 << 30; 2])));
         assert_eq!(read("sim:2"), read("sim:2x80GiB"));
         assert_eq!(read("sim:1x2KiB+2x1KiB"), Ok(Selection::Simulated(vec![2048, 1024, 1024])));
-        for wrong in ["", "x", "0,0", "0,", "sim:", "sim:0x1GiB", "sim:99999x1GiB", "sim:2x0GiB", "sim:1x1PiB"] {
+        for wrong in
+            ["", "x", "0,0", "0,", "sim:", "sim:0x1GiB", "sim:99999x1GiB", "sim:2x0GiB", "sim:8x80", "sim:1x1PiB"]
+        {
             assert!(read(wrong).is_err(), "{wrong}");
         }
     }

@@ -15,7 +15,7 @@
 //! What the stages do, and what a cached result is worth, is decided elsewhere.
 
 mod files;
-mod hint;
+pub(crate) mod hint;
 mod mistake;
 mod places;
 mod repair;

@@ -179,3 +179,27 @@ fn doctor_tells_what_is_missing_and_is_content_when_nothing_is() {
     let findings: serde_json::Value = serde_json::from_str(&env.grlm(&["doctor", "--json"]).stdout).unwrap();
     assert!(findings.as_array().unwrap().iter().all(|finding| finding["grade"] != "wrong"));
 }
+
+/// What is only asked for is not done: the limit of the store stays, and a name that cannot be kept is refused first.
+#[test]
+fn a_dry_run_sets_no_limit_and_a_bad_name_is_refused_before_the_run() {
+    let env = three();
+    assert!(env.fails(4, &["run", "three.yaml", "--name", "bad name"]).contains("bad name"));
+    assert!(env.ran().is_empty());
+    env.ok(&["run", "three.yaml"]);
+    let limit = || env.ok(&["du"]).stdout.lines().last().unwrap_or_default().to_owned();
+    let before = limit();
+    env.ok(&["gc", "--limit", "7KiB", "--dry-run"]);
+    assert_eq!(limit(), before);
+    env.ok(&["gc", "--limit", "7KiB"]);
+    assert!(limit().contains("7.0 KiB"), "{}", limit());
+}
+
+#[test]
+fn a_time_for_no_stage_is_refused() {
+    let env = three();
+    let plan = ["plan", "three.yaml", "--devices", "sim:1x80GiB", "--duration"];
+    let said = env.fails(3, &[&plan[..], &["cuont=5s"]].concat());
+    assert!(said.contains("`cuont`, which is no stage") && said.contains("did you mean `count`?"), "{said}");
+    env.ok(&[&plan[..], &["count=5s"]].concat());
+}

@@ -184,6 +184,7 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
     let mut list = Vec::new();
     let mut keys = Vec::new();
     let mut seen = std::collections::HashSet::new();
+    let mut met: std::collections::HashSet<&str> = std::collections::HashSet::new();
     for (number, object) in (1u64..).zip(jsonl::lines::<Map<String, Value>>(path)?) {
         let object = object?;
         let wrong = |message: String| StageError::input(path, format!("row {number}: {message}"));
@@ -203,6 +204,9 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
             Some(fields) => {
                 let mut content = Map::new();
                 for field in fields {
+                    if object.contains_key(field) {
+                        met.insert(field.as_str());
+                    }
                     content.insert(field.clone(), object.get(field).cloned().unwrap_or_default());
                 }
                 let mut shown = Map::from_iter([(rows.id.clone(), id.clone())]);
@@ -212,6 +216,13 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
         };
         keys.push(recipe.row().json("row", &content).key());
         list.push(Row { id, line: Value::Object(shown).to_string() });
+    }
+    let missing = |field: &&String| !list.is_empty() && !met.contains(field.as_str());
+    if let Some(field) = rows.fields.iter().flatten().find(missing) {
+        let message = format!("no row has the field `{field}`, which `rows.fields` names");
+        return Err(
+            StageError::input(path, message).help("see `rows.fields` of the stage: it names fields of the rows")
+        );
     }
     let job = RowJob::new(&rows.namespace, "row", keys).batch(rows.batch).max_failed_rows(rows.max_failed_rows);
     Ok((list, job))

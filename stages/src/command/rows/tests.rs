@@ -199,3 +199,12 @@ fn mistakes_in_the_block_are_found_before_anything_runs() {
     assert_eq!(issues("p > ${outputs.a}", json!({}), &["i"], &["a"]).len(), 1);
     assert_eq!(issues("p", json!({"batch": 0, "namespace": "a/b", "fields": []}), &["i"], &["a"]).len(), 3);
 }
+
+#[test]
+fn a_field_that_no_row_has_is_refused() {
+    let desk = Desk::new();
+    let error = desk.run(&desk.shout(), json!({"fields": ["titel"]}), ITEMS, 1).err().unwrap();
+    assert!(error.to_string().contains("no row has the field `titel`"), "{error}");
+    assert!(!desk.log().exists());
+    assert!(desk.run(&desk.shout(), json!({"fields": ["title"]}), ITEMS, 1).is_ok());
+}
