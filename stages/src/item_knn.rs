@@ -100,14 +100,15 @@ impl Stage for ItemKnn {
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let dataset = leave_one_out::read(cx.input("sequences")?, cx.optional_input("holdout"))?;
         let pool = threads::pool(cx)?;
-        let validated = Neighbors::count(params, dataset.items.len(), &dataset.training);
-        let refitted = (params.refit && params.splits.contains(&Split::Test))
-            .then(|| Neighbors::count(params, dataset.items.len(), &dataset.training_and_valid()));
         let splits: Vec<(Split, usize)> = params.splits.iter().map(|split| (*split, dataset.users.len())).collect();
+        // One split comes after the other, so that only one's counts are held.
+        let mut counted: Option<(Split, Neighbors)> = None;
         rankings::write(cx, &splits, |split, users| {
-            let neighbors = match (split, &refitted) {
-                (Split::Test, Some(refitted)) => refitted,
-                _ => &validated,
+            let (_, neighbors) = match counted.take_if(|(known, _)| *known == split) {
+                Some(known) => counted.insert(known),
+                None if params.refit && split == Split::Test => counted
+                    .insert((split, Neighbors::count(params, dataset.items.len(), &dataset.training_and_valid()))),
+                None => counted.insert((split, Neighbors::count(params, dataset.items.len(), &dataset.training))),
             };
             pool.install(|| rank(params, &dataset, neighbors, &dataset.users[users], split))
         })
