@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn a_task_that_cannot_fit_is_an_error() {
         let error = simulate(&[task(0, 1.0, &[]), task(2, 1.0, &[0])], &machine(1, 1), true).unwrap_err();
-        assert_eq!(error.to_string(), "needs 2 GPUs, and there is 1 GPU");
+        assert_eq!(error.to_string(), "needs 2 GPUs, and the machine has 1 GPU");
     }
 
     proptest! {

@@ -36,8 +36,12 @@ pub enum StoreError {
     BadManifest { digest: Digest, line: usize, what: &'static str },
     #[error("`{name}` is not a name of {what}: wanted letters, digits, `.`, `_` and `-`")]
     BadName { what: &'static str, name: String },
-    #[error("the export of rows is damaged or cut short: {what}")]
-    BadExport { what: &'static str },
+    #[error("the export of rows `{}` is damaged or cut short: {what}", path.display())]
+    BadExport { path: PathBuf, what: &'static str },
+    #[error("`{}` is no export of rows", path.display())]
+    NotAnExport { path: PathBuf },
+    #[error("`{}` is no store, and it holds other things: `{found}`", root.display())]
+    Occupied { root: PathBuf, found: String },
     #[error("no {what} is called `{name}`")]
     Unknown { what: &'static str, name: String },
 }
@@ -65,6 +69,9 @@ impl StoreError {
             }
             StoreError::NewerVersion { .. } => "use a newer grlm, or another store with --store PATH".into(),
             StoreError::NotAStore { .. } | StoreError::Absent { .. } => "check --store (or GRLM_STORE); `grlm run` makes a store where there is none".into(),
+            StoreError::Unknown { .. } => "`grlm pin` lists the pins, `grlm rows ls` the namespaces of rows".into(),
+            StoreError::NotAnExport { .. } => "give a file that `grlm rows export FILE` wrote".into(),
+            StoreError::Occupied { .. } => "give --store (or GRLM_STORE) a store, or an empty or new folder to make one in".into(),
             StoreError::NotWritable { .. } => {
                 "a store on a read-only disk can still be read (plan, explain, verify); to run, give one of your own with --store PATH".into()
             }
@@ -75,7 +82,7 @@ impl StoreError {
             StoreError::Missing { .. } | StoreError::BadManifest { .. } => "run the pipeline again: the stage that made it will be repeated".into(),
             StoreError::BadExport { .. } => "rows before the damage were taken in; export again, and import that".into(),
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "check the owner and the mode of that path".into(),
-            StoreError::Io { .. } | StoreError::OpenedForReading { .. } | StoreError::BadName { .. } | StoreError::Unknown { .. } => return None,
+            StoreError::Io { .. } | StoreError::OpenedForReading { .. } | StoreError::BadName { .. } => return None,
         })
     }
 }

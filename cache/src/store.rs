@@ -120,10 +120,13 @@ impl Store {
     }
 }
 
+/// How temporary files begin.
+const TEMPORARY: &str = ".grlm-";
+
 /// With the mode that the user's umask gives, not the private one of temporary files: a store may be shared.
 pub(crate) fn temporary_in(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     use std::os::unix::fs::PermissionsExt;
-    tempfile::Builder::new().prefix(".grlm-").permissions(fs::Permissions::from_mode(0o666)).tempfile_in(folder)
+    tempfile::Builder::new().prefix(TEMPORARY).permissions(fs::Permissions::from_mode(0o666)).tempfile_in(folder)
 }
 
 impl Drop for Store {
@@ -145,6 +148,26 @@ fn check_version(root: &Path, text: &str) -> Result<()> {
 }
 
 /// VERSION comes last and whole, so that a folder with a VERSION is a store.
+/// What a new store begins with.
+const FOLDERS: [&str; 5] = ["blobs", "actions", "runs", "scratch", "tmp"];
+
+/// Something in the folder that no beginning of a store has: a store that somebody else creates at this moment, or
+/// whose creation was cut off, may be completed.
+fn foreign(root: &Path) -> io::Result<Option<String>> {
+    let entries = match fs::read_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let ours = FOLDERS.contains(&name.as_str()) || ["VERSION", "CACHEDIR.TAG"].contains(&name.as_str());
+        if !ours && !name.starts_with(TEMPORARY) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
 fn create(root: &Path) -> Result<()> {
     let refused = |source: io::Error| match source.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
@@ -152,7 +175,10 @@ fn create(root: &Path) -> Result<()> {
         }
         _ => StoreError::io("create the store", root, source),
     };
-    for folder in ["blobs", "actions", "runs", "scratch", "tmp"] {
+    if let Some(found) = foreign(root).map_err(refused)? {
+        return Err(StoreError::Occupied { root: root.to_path_buf(), found });
+    }
+    for folder in FOLDERS {
         fs::create_dir_all(root.join(folder)).map_err(refused)?;
     }
     fs::write(root.join("CACHEDIR.TAG"), CACHEDIR_TAG).map_err(refused)?;
@@ -183,6 +209,22 @@ pub(crate) fn rename_into(from: &Path, to: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_with_other_things_becomes_no_store_and_one_that_was_begun_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let theirs = folder.path().join("theirs");
+        fs::create_dir_all(theirs.join("blobs")).unwrap();
+        fs::write(theirs.join("thesis.tex"), "").unwrap();
+        let error = Store::open(&theirs, Access::Write).err().unwrap();
+        assert!(matches!(&error, StoreError::Occupied { found, .. } if found == "thesis.tex"), "{error}");
+        assert!(error.help().unwrap().contains("--store"));
+        assert_eq!(fs::read_dir(&theirs).unwrap().count(), 2, "nothing was added");
+        let begun = folder.path().join("begun");
+        fs::create_dir_all(begun.join("actions")).unwrap();
+        fs::write(begun.join(".grlm-x1y2"), "").unwrap();
+        assert!(Store::open(&begun, Access::Write).is_ok());
+    }
 
     #[test]
     fn a_new_store_is_tagged_and_versioned() {

@@ -33,6 +33,9 @@ pub struct Finding {
     pub flaw: Flaw,
     /// `pipeline/stage`, with the action's key: they run again when they are needed.
     pub spoils: Vec<(String, ActionKey)>,
+    /// The records of the spoiled results were removed, so that they are found once; not in a store that cannot be
+    /// written, nor while somebody works on them.
+    pub forgotten: bool,
 }
 
 /// The outcome of [`Store::verify`].
@@ -103,9 +106,34 @@ impl Store {
             Flaw::Record { .. } | Flaw::Rows { .. } => Vec::new(),
             Flaw::Damaged { digest, .. } | Flaw::Missing { digest } => needed.remove(digest).unwrap_or_default(),
         };
-        let findings = flaws.map(|flaw| Finding { spoils: spoils(&flaw), flaw }).collect();
+        let findings = flaws
+            .map(|flaw| {
+                let spoils = spoils(&flaw);
+                let forgotten = self.forget(&flaw, &spoils)?;
+                Ok(Finding { flaw, spoils, forgotten })
+            })
+            .collect::<Result<Vec<Finding>>>()?;
         let (records, blobs) = (inventory.actions.len() as u64, inventory.blobs.len() as u64);
         Ok(Verified { records, blobs, rows, bytes: total, findings })
+    }
+
+    /// Removes the records that a blob spoils which is still not there. Whether all are gone.
+    fn forget(&self, flaw: &Flaw, spoils: &[(String, ActionKey)]) -> Result<bool> {
+        let (Flaw::Damaged { digest, .. } | Flaw::Missing { digest }) = flaw else { return Ok(false) };
+        if self.require_write().is_err() || spoils.is_empty() {
+            return Ok(false);
+        }
+        let mut all = true;
+        for (_, key) in spoils {
+            // Whoever holds it may be about to bring the blob back, and publishes the record anew after that.
+            match self.try_lock_action(key)? {
+                Some(_lock) if !self.path_of(digest).exists() => {
+                    self.remove_record(key)?;
+                }
+                _ => all = false,
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -135,7 +163,7 @@ mod tests {
         fs::write(&segment, bytes).unwrap();
         let found = store.verify(&|_, _| ()).unwrap().findings;
         let flaw = Flaw::Rows { namespace: "n".into(), damaged: 1, left_out: true };
-        assert_eq!(found, [Finding { flaw, spoils: Vec::new() }]);
+        assert_eq!(found, [Finding { flaw, spoils: Vec::new(), forgotten: false }]);
         let after = store.verify(&|_, _| ()).unwrap();
         assert_eq!((after.rows, after.findings.len()), (2, 0));
     }
@@ -160,7 +188,11 @@ mod tests {
         let digest = |n: usize| records[n].outputs["out"].digest;
         assert_eq!(found.len(), 3);
         assert!(matches!(found[0].flaw, Flaw::Record { .. }));
-        assert_eq!(found[1], Finding { flaw: Flaw::Damaged { digest: digest(0), moved: true }, spoils: name(0) });
-        assert_eq!(found[2], Finding { flaw: Flaw::Missing { digest: digest(1) }, spoils: name(1) });
+        let moved = Flaw::Damaged { digest: digest(0), moved: true };
+        assert_eq!(found[1], Finding { flaw: moved, spoils: name(0), forgotten: true });
+        assert_eq!(found[2], Finding { flaw: Flaw::Missing { digest: digest(1) }, spoils: name(1), forgotten: true });
+        let again = store.verify(&|_, _| ()).unwrap();
+        assert_eq!((again.records, again.findings.len()), (1, 1), "spoiled results are found once");
+        assert!(matches!(again.findings[0].flaw, Flaw::Record { .. }), "a collection removes it");
     }
 }

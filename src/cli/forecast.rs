@@ -165,12 +165,13 @@ impl Foretold {
             _ => 1.0,
         };
         let gpus = |span: &Span| span.lease.gpus.iter().map(|gpu| share(span, *gpu)).sum::<f64>();
-        self.timeline.spans.iter().map(|span| (span.to - span.from) * gpus(span)).sum::<f64>() / 3600.0
+        // An empty sum of floats is -0.
+        (0.0 + self.timeline.spans.iter().map(|span| (span.to - span.from) * gpus(span)).sum::<f64>()) / 3600.0
     }
 
     fn core_hours(&self) -> f64 {
         let cores = |span: &Span| f64::from(span.lease.cpus) * (span.to - span.from);
-        self.timeline.spans.iter().map(cores).sum::<f64>() / 3600.0
+        (0.0 + self.timeline.spans.iter().map(cores).sum::<f64>()) / 3600.0
     }
 
     pub fn as_json(&self, work: &Work, machine: &Machine) -> serde_json::Value {

@@ -128,7 +128,8 @@ fn old_journals(runs: &Runs, age: Duration, dry_run: bool) -> Result<usize, CliE
 }
 
 fn show(done: &Collected, dry_run: bool, quiet: bool) {
-    if !quiet && !done.actions.is_empty() {
+    let nothing = done.actions.is_empty() && done.namespaces.is_empty();
+    if !quiet && !nothing {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING);
         table.set_header(["pipeline", "stage", "last used (UTC)", "frees"]);
@@ -136,13 +137,14 @@ fn show(done: &Collected, dry_run: bool, quiet: bool) {
             let used = utc(gone.used_ms / 1000, &CalendarStyle::Readable);
             table.add_row([gone.pipeline.clone(), gone.stage.clone(), used, human_bytes(gone.bytes)]);
         }
+        for gone in &done.namespaces {
+            let used = utc(gone.used_ms / 1000, &CalendarStyle::Readable);
+            table.add_row(["rows of".to_owned(), gone.name.clone(), used, human_bytes(gone.bytes)]);
+        }
         if let Some(column) = table.column_mut(3) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         println!("{}\n", table.trim_fmt());
-    }
-    for name in &done.namespaces {
-        println!("rows of {name}");
     }
     let (would, holds) = if dry_run { ("would free", "would hold") } else { ("freed", "holds") };
     let results = match done.actions.len() {

@@ -57,10 +57,11 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let Some(devices) = &args.devices else {
         return show(&work, &device::Selection::All, global, args.json);
     };
-    let mut machine = request::machine(devices, &work)?;
+    let mut machine = request::discover(devices, &work)?;
     if matches!(devices, device::Selection::Simulated(_)) {
         forecast::furnish(&mut machine);
     }
+    request::check_fits(&machine, &work)?;
     if !args.json {
         show(&work, devices, global, false)?;
     }
@@ -105,7 +106,7 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         let (what, why, rows) = match foreseen {
             Foreseen::UpToDate(_) => {
                 count[0] += 1;
-                ("cached", String::new(), None)
+                ("cached", String::new(), Ok(None))
             }
             Foreseen::Run { reason, action } => {
                 count[1] += 1;
@@ -113,7 +114,7 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
             }
             Foreseen::Maybe { waits_for } => {
                 count[2] += 1;
-                ("maybe", format!("waits for `{waits_for}`"), None)
+                ("maybe", format!("waits for `{waits_for}`"), Ok(None))
             }
             Foreseen::Left => continue,
         };
@@ -124,10 +125,14 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
             .iter()
             .map(|(stage, what, why, rows)| {
                 let mut line = json!({"stage": stage, "action": what, "reason": why});
-                if let Some(rows) = rows {
-                    line["rows"] = json!({
-                        "unit": rows.unit, "total": rows.total, "missing": rows.missing, "seconds": rows.seconds,
-                    });
+                match rows {
+                    Ok(Some(rows)) => {
+                        line["rows"] = json!({
+                            "unit": rows.unit, "total": rows.total, "missing": rows.missing, "seconds": rows.seconds,
+                        });
+                    }
+                    Ok(None) => {}
+                    Err(error) => line["rows"] = json!({ "error": error }),
                 }
                 line
             })
@@ -139,9 +144,12 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         let width = lines.iter().map(|(stage, ..)| stage.chars().count()).max().unwrap_or(0);
         for (stage, what, why, rows) in &lines {
             println!("{}", format!("{what:<7} {stage:<width$}  {why}").trim_end());
-            if let Some(rows) = rows {
-                println!("{:<7} {:<width$}  {}", "", "", in_words(rows));
-            }
+            let rows = match rows {
+                Ok(None) => continue,
+                Ok(Some(rows)) => in_words(rows),
+                Err(error) => format!("its rows cannot be told: {error}"),
+            };
+            println!("{:<7} {:<width$}  {rows}", "", "");
         }
     }
     println!("{} cached, {} to run, {} maybe", count[0], count[1], count[2]);

@@ -97,20 +97,34 @@ pub fn open_store(global: &Global, access: Access) -> Result<Arc<Store>, CliErro
 
 /// The machine to run on, and a check that every stage that may run can have what it wants.
 pub fn machine(devices: &device::Selection, work: &Work) -> Result<Machine, CliError> {
-    let wanted = |id: &usize| work.nodes[*id].permission != Permission::Leave;
-    let stages: Vec<usize> = (0..work.nodes.len()).filter(wanted).collect();
-    let with_gpus = stages.iter().any(|&id| work.stage(id).resources.gpus > 0);
-    let machine = discover::machine(devices, with_gpus)
-        .map_err(|e| CliError::message(Code::Resources, e.to_string(), Some(e.help())))?;
-    let pool = device::Pool::new(&machine);
-    for id in stages {
+    let machine = discover(devices, work)?;
+    check_fits(&machine, work)?;
+    Ok(machine)
+}
+
+fn wanted(work: &Work) -> impl Iterator<Item = usize> {
+    (0..work.nodes.len()).filter(|&id| work.nodes[id].permission != Permission::Leave)
+}
+
+/// The machine with these devices; GPUs are looked for if a stage asks for one.
+pub fn discover(devices: &device::Selection, work: &Work) -> Result<Machine, CliError> {
+    let with_gpus = wanted(work).any(|id| work.stage(id).resources.gpus > 0);
+    discover::machine(devices, with_gpus).map_err(|e| CliError::message(Code::Resources, e.to_string(), Some(e.help())))
+}
+
+/// Refuses a stage that needs more than there is.
+pub fn check_fits(machine: &Machine, work: &Work) -> Result<(), CliError> {
+    let pool = device::Pool::new(machine);
+    for id in wanted(work) {
         if let Err(unfit) = pool.check(work.stage(id).resources.into()) {
             let message = format!("stage `{}` cannot run here: it {unfit}", work.nodes[id].label);
-            let help = format!("this machine: {machine}; change `--devices`, or the stage's `resources:`");
+            let made_up = machine.gpus.iter().any(|gpu| gpu.simulated);
+            let which = if made_up { "the made-up machine" } else { "this machine" };
+            let help = format!("{which}: {machine}; change `--devices`, or the stage's `resources:`");
             return Err(CliError::message(Code::Resources, message, Some(help)));
         }
     }
-    Ok(machine)
+    Ok(())
 }
 
 /// Simulated devices are for planning, and for commands: a stage that computes would leave a result that claims to

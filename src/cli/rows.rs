@@ -136,7 +136,11 @@ fn existing(store: &RowStore, name: &str) -> Result<Namespace, CliError> {
 }
 
 fn chosen(store: &RowStore, names: &[String]) -> Result<Vec<String>, CliError> {
-    if names.is_empty() { Ok(store.namespaces()?) } else { Ok(names.to_vec()) }
+    if names.is_empty() {
+        return Ok(store.namespaces()?);
+    }
+    names.iter().try_for_each(|name| existing(store, name).map(drop))?;
+    Ok(names.to_vec())
 }
 
 fn list(store: &RowStore, as_json: bool) -> Result<Code, CliError> {

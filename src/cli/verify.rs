@@ -42,7 +42,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     }
     for finding in &verified.findings {
         match &finding.flaw {
-            Flaw::Record { name } => println!("record {name} is damaged, so it does not count"),
+            Flaw::Record { name } => println!("record {name} is damaged, so it does not count; `grlm gc` removes it"),
             Flaw::Damaged { digest, moved } => {
                 let and = if *moved { "; it was moved to quarantine/" } else { "" };
                 println!("blob {} is not what its name says{and}", digest.short());
@@ -53,8 +53,9 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
                 println!("rows of {namespace}: {damaged} damaged{and}; they are computed again when they are needed");
             }
         }
+        let forgotten = if finding.forgotten { "was forgotten, and " } else { "" };
         for (stage, key) in &finding.spoils {
-            println!("  {stage} ({}) runs again when it is needed", key.0.short());
+            println!("  {stage} ({}) {forgotten}runs again when it is needed", key.0.short());
         }
     }
     println!(

@@ -38,7 +38,7 @@ pub struct Lease {
 
 /// A request that can never be granted on this machine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("needs {needs}, and there is {has}")]
+#[error("needs {needs}, and the machine has {has}")]
 pub struct Unfit {
     pub needs: String,
     pub has: String,
@@ -289,7 +289,7 @@ mod tests {
         assert_ne!(pool.find(gpus(1, None)).unwrap().gpus, lease.gpus);
         assert_eq!(pool.find(gpus(2, Some(1))), None);
         let text = pool.check(gpus(2, None)).unwrap_err().to_string();
-        assert_eq!(text, "needs 2 GPUs, and there is 1 GPU");
+        assert_eq!(text, "needs 2 GPUs, and the machine has 1 GPU");
     }
 
     #[test]
@@ -306,12 +306,12 @@ mod tests {
     #[test]
     fn what_can_never_fit_says_what_there_is() {
         let text = |request| pool(2, &[24 << 30, 80 << 30]).check(request).unwrap_err().to_string();
-        assert_eq!(text(gpus(3, None)), "needs 3 GPUs, and there is 2 GPUs");
-        let with = "needs 2 GPUs with 40.0 GiB each, and there is 2 GPUs with 24.0 GiB, 80.0 GiB";
+        assert_eq!(text(gpus(3, None)), "needs 3 GPUs, and the machine has 2 GPUs");
+        let with = "needs 2 GPUs with 40.0 GiB each, and the machine has 2 GPUs with 24.0 GiB, 80.0 GiB";
         assert_eq!(text(gpus(2, Some(40 << 30))), with);
         let memory = Request { cpus: 1, memory: 101, gpus: 0, gpu_memory: None };
-        assert_eq!(text(memory), "needs 101 B of memory, and there is 100 B");
-        assert_eq!(pool(2, &[]).check(gpus(1, None)).unwrap_err().to_string(), "needs 1 GPU, and there is none");
+        assert_eq!(text(memory), "needs 101 B of memory, and the machine has 100 B");
+        assert_eq!(pool(2, &[]).check(gpus(1, None)).unwrap_err().to_string(), "needs 1 GPU, and the machine has none");
         let many = Request { cpus: 64, memory: 0, gpus: 0, gpu_memory: None };
         assert_eq!(pool(2, &[]).check(many), Ok(()));
         assert_eq!(pool(2, &[]).find(many).map(|l| l.cpus), Some(2), "all the cores there are");

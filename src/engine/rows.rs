@@ -29,15 +29,19 @@ pub struct RowsForeseen {
 /// The metric by which a worker tells what a row took, in seconds on one device.
 pub const SECONDS_PER_ROW: &str = "rows.seconds_per_row";
 
-/// Looks the stage's rows up; `None` for what is no row stage, or when they cannot be told. Its inputs are all known.
-/// `a_row` is what a row of it takes, in seconds on one device.
-pub fn foresee(store: &Store, stage: &Stage, node: &Node, action: &Action, a_row: Option<f64>) -> Option<RowsForeseen> {
-    let looked = look_up(store, stage, node, action, a_row);
-    looked.unwrap_or_else(|error| {
-        // The run will say it better, with all that belongs to it.
-        tracing::info!(stage = node.label, %error, "the rows of a stage cannot be told");
-        None
-    })
+/// Looks the stage's rows up; `None` for what is no row stage. Its inputs are all known. `a_row` is what a row of it
+/// takes, in seconds on one device.
+///
+/// # Errors
+/// Why they cannot be told, in words: the run would fail for the same reason.
+pub fn foresee(
+    store: &Store,
+    stage: &Stage,
+    node: &Node,
+    action: &Action,
+    a_row: Option<f64>,
+) -> Result<Option<RowsForeseen>, String> {
+    look_up(store, stage, node, action, a_row).map_err(|error| error.to_string())
 }
 
 fn look_up(

@@ -72,10 +72,12 @@ impl RowMemo for StoreRows {
             let help = "what was computed since is not kept; run again";
             return Err(StageError::input(&broken.path, "it changed while the stage ran").help(help));
         }
-        let rows = results.iter().map(|(key, result)| {
+        let failures: Vec<Option<String>> =
+            results.iter().map(|(_, result)| result.as_ref().err().map(ToString::to_string)).collect();
+        let rows = results.iter().zip(&failures).map(|((key, result), failure)| {
             let row = match result {
                 Ok(bytes) => RowRef::Result(bytes),
-                Err(failure) => RowRef::Failure(&failure.message),
+                Err(_) => RowRef::Failure(failure.as_deref().unwrap_or_default()),
             };
             (Digest::from_bytes(*key.as_bytes()), row)
         });

@@ -17,7 +17,7 @@ use crate::{
     event::LogLevel,
     hub::{Hub, ModelName, PinnedModel},
     model_folder,
-    rows::{self, MemoryMemo, RowDevice, RowMemo},
+    rows::{self, MemoryMemo, Notes, RowDevice, RowMemo},
 };
 
 /// A device leased to the attempt. Inside the worker, CUDA devices are numbered from 0 because
@@ -263,9 +263,10 @@ impl StageContext {
             _ => self.devices.clone(),
         };
         let (each, more) = (self.threads / devices.len(), self.threads % devices.len());
+        let notes = Notes::default();
         let row_device = |(number, device)| {
             let threads = (each + usize::from(number < more)).max(1);
-            RowDevice { number, device, threads, stop: self.stop.clone() }
+            RowDevice { number, device, threads, stop: self.stop.clone(), notes: notes.clone() }
         };
         devices.into_iter().enumerate().map(row_device).collect()
     }

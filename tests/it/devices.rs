@@ -106,7 +106,7 @@ fn a_gpu_that_disappears_is_taken_out_and_its_work_goes_elsewhere() {
     std::fs::remove_file(env.path("seen")).unwrap();
     let (code, text) = said(on(&env, TWO, &["run", "gpu.yaml"]).unwrap());
     assert_eq!(code, 1, "{text}");
-    assert!(text.contains("needs 2 GPUs, and there is 1 GPU"), "{text}");
+    assert!(text.contains("needs 2 GPUs, and the machine has 1 GPU"), "{text}");
 }
 
 #[test]

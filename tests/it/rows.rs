@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, process::Child, thread, time::Duration};
 
-use crate::environment::Environment;
+use crate::environment::{Environment, unwrapped};
 
 /// A row stage whose program notes each row it is given.
 const PIPELINE: &str = r#"
@@ -311,4 +311,57 @@ fn mistakes_in_the_rows_block_have_their_place() {
     assert!(said.contains("must be at least 1") && said.contains("rows.yaml:15"), "{said}");
     env.write("rows.yaml", &PIPELINE.replace("batch: 5", "output: nothing"));
     assert!(env.fails(3, &["run", "rows.yaml"]).contains("there is no output `nothing`"));
+}
+
+#[test]
+fn a_plan_says_why_rows_cannot_be_told() {
+    let env = environment(3);
+    let lines = [r#"{"id":"a","title":"x"}"#, r#"{"id":"a","title":"y"}"#];
+    for (items, words) in [
+        (lines.join("\n"), "row 2: row 1 has the same `id`, \"a\""),
+        (
+            "{\"id\":\"a\",\"title\":\n".to_owned(),
+            "items.jsonl:1: not a valid record: EOF while parsing a value (column ",
+        ),
+    ] {
+        env.write("items.jsonl", &items);
+        let plan = env.ok(&["plan", "rows.yaml"]).stdout;
+        assert!(plan.contains("its rows cannot be told: "), "{plan}");
+        assert!(plan.contains(words), "{plan}");
+    }
+}
+
+#[test]
+fn a_stage_too_large_for_a_made_up_machine_is_told_that_machine() {
+    let env = environment(3);
+    env.write("rows.yaml", &PIPELINE.replace("gpus: all, cpus: 2", "gpus: 4, cpus: 20"));
+    let text = unwrapped(&env.fails(5, &["plan", "rows.yaml", "--devices", "sim:2x80GiB"]));
+    assert!(text.contains("needs 4 GPUs, and the machine has 2 GPUs"), "{text}");
+    assert!(text.contains("the made-up machine: "), "{text}");
+}
+
+#[test]
+fn a_kill_loses_no_answer_that_a_silent_program_gave_before() {
+    let env = environment(5);
+    // Undeclared, so that it is in no key: while it is there, the third row gets no answer.
+    env.write("hold", "");
+    let wait = "if [ -e hold ] && [ $(wc -l < journal) -eq 3 ]; then sleep 1000; fi";
+    let streams = PIPELINE.replace("sleep ${vars.pace}", wait).replace("batch: 5,", "batch: 5, pass: stream,");
+    env.write("rows.yaml", &streams);
+    let mut run = env.command(&["run", "rows.yaml"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    wait_for_rows(&env, &mut run, 3);
+    let kept = || env.ok(&["rows", "ls", "--json"]).stdout;
+    for _ in 0..2000 {
+        if kept().contains("\"rows\":2") {
+            break;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(kept().contains("\"rows\":2"), "{}", kept());
+    run.kill().unwrap();
+    run.wait().unwrap();
+    assert_eq!(given(&env), 3);
+    fs::remove_file(env.path("hold")).unwrap();
+    env.ok(&["run", "rows.yaml"]);
+    assert_eq!(given(&env), 3, "two were kept");
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::{Collect, Collected, Gone, InUse, TICK_MS, UNFINISHED_FOR, fresh, millis, now_ms};
+use super::{Collect, Collected, Gone, GoneRows, InUse, TICK_MS, UNFINISHED_FOR, fresh, millis, now_ms};
 use crate::digest::{ActionKey, Digest};
 use crate::inventory::{Held, Inventory, latest_ms, milliseconds, remove_tree, touched_ms, tree_bytes};
 use crate::record::list;
@@ -112,7 +112,7 @@ impl<'a> Collection<'a> {
                 }
                 Candidate::Rows(namespace) => {
                     done.bytes += namespace.bytes;
-                    done.namespaces.push(namespace.name.clone());
+                    done.namespaces.push(GoneRows { name: namespace.name.clone(), used_ms, bytes: namespace.bytes });
                     rows.push(namespace);
                 }
             }
@@ -189,7 +189,7 @@ impl<'a> Collection<'a> {
             if used_ms > rows.used_ms || self.may_run(&in_use, used_ms) || rows.is_needed_by(&in_use.actions) {
                 self.done.spared += 1;
                 self.done.bytes -= rows.bytes;
-                self.done.namespaces.retain(|name| *name != rows.name);
+                self.done.namespaces.retain(|gone| gone.name != rows.name);
             } else {
                 move_away(&rows.path, &self.trash.join(format!("{}.rows", rows.name)))?;
             }

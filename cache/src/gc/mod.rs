@@ -71,12 +71,21 @@ pub struct Gone {
     pub bytes: u64,
 }
 
+/// A namespace of rows that went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GoneRows {
+    pub name: String,
+    /// Milliseconds since 1970.
+    pub used_ms: u64,
+    pub bytes: u64,
+}
+
 /// What a collection did, or would do.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Collected {
     pub actions: Vec<Gone>,
     /// Row namespaces that went.
-    pub namespaces: Vec<String>,
+    pub namespaces: Vec<GoneRows>,
     pub blobs: u64,
     /// Everything that was freed.
     pub bytes: u64,

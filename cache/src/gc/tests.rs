@@ -170,6 +170,10 @@ fn keep_row(store: &Store, name: &str, hours: u32) {
     }
 }
 
+fn gone(done: &Collected) -> Vec<&str> {
+    done.namespaces.iter().map(|rows| rows.name.as_str()).collect()
+}
+
 fn namespaces(store: &Store) -> Vec<String> {
     store.rows().namespaces().unwrap()
 }
@@ -191,13 +195,13 @@ fn rows_count_as_used_when_they_are_looked_up_and_with_the_results_made_from_the
     settle();
     let in_use = || Ok(InUse { actions: BTreeSet::from([pinned]), ..InUse::default() });
     let done = store.gc(&Collect { max_age: Some(10 * HOUR), ..collect(&in_use) }).unwrap().unwrap();
-    assert_eq!(done.namespaces, ["unused"]);
+    assert_eq!(gone(&done), ["unused"]);
     assert_eq!(namespaces(&store), ["looked-up", "pinned", "used"]);
     let read = RowStore::at(store.rows().folder(), Access::Read);
     keep_row(&store, "looked-up", 50);
     read.namespace("looked-up").unwrap().look_up(&[key(1).0]).unwrap();
     let done = store.gc(&Collect { max_age: Some(10 * HOUR), ..collect(&in_use) }).unwrap().unwrap();
-    assert_eq!(done.namespaces, ["looked-up"], "who only looks at a store changes nothing");
+    assert_eq!(gone(&done), ["looked-up"], "who only looks at a store changes nothing");
 }
 
 #[test]
@@ -214,7 +218,7 @@ fn rows_that_are_used_while_they_are_condemned_stay() {
         Ok(InUse::default())
     };
     let done = store.gc(&Collect { max_age: Some(10 * HOUR), ..collect(&in_use) }).unwrap().unwrap();
-    assert_eq!((done.namespaces, done.spared), (vec!["other".to_owned()], 1));
+    assert_eq!((gone(&done), done.spared), (vec!["other"], 1));
     assert_eq!(namespaces(&store), ["one"]);
 }
 
@@ -225,6 +229,6 @@ fn row_namespaces_go_by_age_as_a_whole() {
         keep_row(&store, name, hours);
     }
     let done = store.gc(&Collect { max_age: Some(10 * HOUR), ..collect(&nobody) }).unwrap().unwrap();
-    assert_eq!(done.namespaces, ["old"]);
+    assert_eq!(gone(&done), ["old"]);
     assert_eq!(namespaces(&store), ["new"]);
 }

@@ -62,26 +62,27 @@ impl RowStore {
     /// # Errors
     /// A file that is damaged or cut short; the rows before that are taken in all the same.
     pub fn import(&self, from: &mut dyn Read, name: &Path) -> Result<Imported> {
-        let mut start = [0; SEGMENT_HEADER.len()];
-        read_all(from, &mut start, name)?;
-        if start != *SEGMENT_HEADER {
-            return Err(StoreError::BadExport { what: "it does not begin as an export does" });
+        let mut start = Vec::new();
+        let header = &mut from.take(SEGMENT_HEADER.len() as u64);
+        header.read_to_end(&mut start).map_err(StoreError::while_doing("read", name))?;
+        if start != SEGMENT_HEADER {
+            return Err(StoreError::NotAnExport { path: name.to_owned() });
         }
-        let mut taken = Intake { store: self, namespace: None, batch: Vec::new(), imported: Imported::default() };
+        let mut taken = Intake { store: self, name, namespace: None, batch: Vec::new(), imported: Imported::default() };
         let mut count = 0u64;
         loop {
             let mut bytes = vec![0; RECORD_HEADER];
             read_all(from, &mut bytes, name).inspect_err(|_| taken.rescue())?;
-            let damaged = StoreError::BadExport { what: "a record is damaged" };
+            let bad = |what| StoreError::BadExport { path: name.to_owned(), what };
             let Some(header) = record::header(&bytes) else {
                 taken.rescue();
-                return Err(damaged);
+                return Err(bad("a record is damaged"));
             };
             bytes.resize(header.record_bytes(), 0);
             read_all(from, &mut bytes[RECORD_HEADER..], name).inspect_err(|_| taken.rescue())?;
             let Some(payload) = record::payload(&bytes, &header) else {
                 taken.rescue();
-                return Err(damaged);
+                return Err(bad("a record is damaged"));
             };
             match header.kind {
                 Kind::Namespace => taken.begin(&String::from_utf8_lossy(payload))?,
@@ -93,7 +94,7 @@ impl RowStore {
                 Kind::End => {
                     taken.finish()?;
                     if payload != count.to_le_bytes() {
-                        return Err(StoreError::BadExport { what: "rows are missing" });
+                        return Err(bad("rows are missing"));
                     }
                     return Ok(taken.imported);
                 }
@@ -105,6 +106,8 @@ impl RowStore {
 /// The rows of an import on their way into the store.
 struct Intake<'a> {
     store: &'a RowStore,
+    /// The export, for messages.
+    name: &'a Path,
     namespace: Option<Namespace>,
     batch: Vec<(Digest, Vec<u8>)>,
     imported: Imported,
@@ -125,7 +128,8 @@ impl Intake<'_> {
     fn append(&mut self) -> Result<()> {
         let batch = std::mem::take(&mut self.batch);
         let Some(namespace) = &mut self.namespace else {
-            return if batch.is_empty() { Ok(()) } else { Err(StoreError::BadExport { what: "rows of no namespace" }) };
+            let bad = || StoreError::BadExport { path: self.name.to_owned(), what: "rows of no namespace" };
+            return if batch.is_empty() { Ok(()) } else { Err(bad()) };
         };
         let keys: Vec<Digest> = batch.iter().map(|(key, _)| *key).collect();
         let known = namespace.look_up(&keys)?;
@@ -154,7 +158,7 @@ impl Intake<'_> {
 
 fn read_all(from: &mut dyn Read, bytes: &mut [u8], name: &Path) -> Result<()> {
     from.read_exact(bytes).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => StoreError::BadExport { what: "it ends too early" },
+        io::ErrorKind::UnexpectedEof => StoreError::BadExport { path: name.to_owned(), what: "it ends too early" },
         _ => StoreError::io("read", name, error),
     })
 }

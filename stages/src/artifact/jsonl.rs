@@ -37,15 +37,24 @@ pub fn lines<T: DeserializeOwned>(
                 Ok(0) => return None,
                 Ok(_) if line.trim().is_empty() => {}
                 Ok(_) => {
-                    return Some(
-                        serde_json::from_str(&line)
-                            .map_err(|e| StageError::input_at(&owned, number, format!("not a valid record: {e}"))),
-                    );
+                    return Some(serde_json::from_str(&line).map_err(|e| {
+                        StageError::input_at(&owned, number, format!("not a valid record: {}", reason(&e)))
+                    }));
                 }
                 Err(e) => return Some(Err(StageError::io("read", &owned, e))),
             }
         }
     }))
+}
+
+/// What is wrong with a line, and in which column: serde counts every line as its first.
+fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    match text.strip_suffix(&place) {
+        Some(what) => format!("{what} (column {})", error.column()),
+        None => text,
+    }
 }
 
 /// Writes JSON Lines.

@@ -18,6 +18,7 @@ use crate::{Artifact, ParamIssue, Ports, Stage, StageContext, StageError, rows::
 
 mod program;
 pub mod rows;
+mod talk;
 
 pub struct Command;
 

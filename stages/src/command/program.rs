@@ -1,15 +1,15 @@
 //! The user's program as a row function: started, given rows, its answers read and told apart by their ids.
 //!
-//! A program that ends badly in the middle of a batch keeps what it answered. The first row that it did not answer is
-//! tried alone: if that ends badly too, it is that row's fault, and the others go on; if nothing has ever been
-//! answered, it is the program's.
+//! Answers are handed on as they come, so that whatever happens later they are kept. A program that ends badly in the
+//! middle of a batch keeps what it answered. The first row that it did not answer is tried alone: if that ends badly
+//! too, it is that row's fault, and the others go on; if nothing has ever been answered, it is the program's.
 
 use std::{
-    collections::HashMap,
-    fs,
-    io::{self, BufRead, BufReader, Write},
+    collections::{BTreeSet, HashMap},
+    fs, io,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, ExitStatus, Stdio},
+    process::{Command, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use serde_json::{Map, Value};
@@ -17,6 +17,7 @@ use serde_json::{Map, Value};
 use super::{
     failure,
     rows::{Pass, Row, RowParams},
+    talk::Talk,
 };
 use crate::{
     Device, StageError,
@@ -29,6 +30,9 @@ const THREADS: [&str; 4] = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THR
 const BROKEN: u32 = 3;
 /// A line that is shown in an error.
 const SHOWN: usize = 120;
+/// A streaming program that says nothing for so long is asked about. Well above what a model needs for an answer, or
+/// to be loaded; a reminder costs nothing.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Program<'a> {
     run: &'a str,
@@ -38,26 +42,22 @@ pub(super) struct Program<'a> {
     threads: usize,
     /// For `pass: files`.
     folder: PathBuf,
-    /// For `pass: stream`.
-    running: Option<Running>,
+    /// The program, unless it works on files.
+    talk: Option<Talk>,
+    /// Rows that the program was given last, by their ids.
+    asked: HashMap<String, usize>,
+    /// Those of them that it has not answered.
+    open: BTreeSet<usize>,
+    /// The next row is tried alone.
+    alone: bool,
     answered: bool,
     bad_ends: u32,
+    /// Why nothing can be asked any more; told once everything that was answered is kept.
+    end: Option<StageError>,
 }
 
-/// A program that waits for its next rows.
-struct Running {
-    child: Child,
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
-}
-
-/// What became of a batch.
-struct Outcome {
-    /// Lines that the program wrote.
-    lines: Vec<String>,
-    /// How it ended; `None` if it waits for more.
-    status: Option<ExitStatus>,
-}
+/// Results, by rows.
+type Given = Vec<(usize, RowResult)>;
 
 impl<'a> Program<'a> {
     pub fn new(
@@ -72,12 +72,26 @@ impl<'a> Program<'a> {
         if block.pass == Pass::Files {
             fs::create_dir_all(&folder).map_err(|e| StageError::io("create", &folder, e))?;
         }
-        Ok(Self { run, block, list, device, threads, folder, running: None, answered: false, bad_ends: 0 })
+        Ok(Self {
+            run,
+            block,
+            list,
+            device,
+            threads,
+            folder,
+            talk: None,
+            asked: HashMap::new(),
+            open: BTreeSet::new(),
+            alone: false,
+            answered: false,
+            bad_ends: 0,
+            end: None,
+        })
     }
 
     /// The program, not yet started. It stays in the worker's process group, as every command does.
-    fn command(&self) -> std::process::Command {
-        let mut command = std::process::Command::new("sh");
+    fn command(&self) -> Command {
+        let mut command = Command::new("sh");
         command.args(["-c", self.run]).env("GRLM_DEVICE", self.device.number.to_string());
         for name in THREADS {
             if std::env::var(name).is_ok_and(|value| value == self.threads.to_string()) {
@@ -93,176 +107,191 @@ impl<'a> Program<'a> {
         command
     }
 
-    /// Lets the program work on these rows.
-    fn pass(&mut self, rows: &[usize]) -> Result<Outcome, StageError> {
+    /// Gives the program these rows, or the first of them alone.
+    fn ask(&mut self, rows: &[usize]) -> io::Result<()> {
+        let asked = if self.alone { &rows[..1] } else { rows };
+        self.asked = asked.iter().map(|&row| (self.list[row].id.to_string(), row)).collect();
+        self.open = asked.iter().copied().collect();
         let mut lines = String::new();
-        for &row in rows {
+        for &row in asked {
             lines.push_str(&self.list[row].line);
             lines.push('\n');
         }
-        let outcome = match self.block.pass {
-            Pass::Stdin => self.pass_stdin(&lines),
-            Pass::Files => self.pass_files(&lines),
-            Pass::Stream => self.pass_stream(&lines, rows.len()),
+        if self.block.pass == Pass::Files {
+            return fs::write(self.folder.join("rows.jsonl"), lines);
+        }
+        let mut talk = match self.talk.take() {
+            Some(talk) => talk,
+            None => Talk::start(self.command())?,
         };
-        outcome.map_err(|e| StageError::io("run", "sh", e))
+        talk.give(lines);
+        if self.block.pass == Pass::Stdin {
+            talk.close();
+        }
+        self.talk = Some(talk);
+        Ok(())
     }
 
-    fn pass_stdin(&self, lines: &str) -> io::Result<Outcome> {
-        let mut child = self.command().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let answers = std::thread::scope(|scope| {
-            scope.spawn(move || {
-                // A program may end without reading everything.
-                let _ = stdin.map(|mut stdin| stdin.write_all(lines.as_bytes()));
-            });
-            stdout.map_or(Ok(Vec::new()), |stdout| BufReader::new(stdout).lines().collect())
+    /// The program's next lines, and how it ended, if it did.
+    fn hear(&mut self) -> io::Result<(Vec<String>, Option<ExitStatus>)> {
+        let Some(talk) = self.talk.take() else { return self.work_on_files() };
+        let streams = self.block.pass == Pass::Stream;
+        let wanted = if streams { self.open.len() } else { usize::MAX };
+        let heard = talk.hear(wanted, &self.device.stop, PATIENCE, |time| {
+            if streams {
+                self.device.notes.warn(self.silence(time));
+            }
         });
-        let status = child.wait()?;
-        Ok(Outcome { lines: answers?, status: Some(status) })
+        if heard.ended {
+            let status = talk.end()?;
+            return Ok((whole(heard.lines, status), Some(status)));
+        }
+        self.talk = Some(talk);
+        Ok((heard.lines, None))
     }
 
-    fn pass_files(&self, lines: &str) -> io::Result<Outcome> {
+    fn silence(&self, time: Duration) -> String {
+        let first = self.open.first().map(|&row| self.list[row].id.to_string()).unwrap_or_default();
+        format!(
+            "the program has said nothing for {} s; {} of {} rows wait for an answer, the first is {first}: does it \
+             answer every row, and flush every line?",
+            time.as_secs(),
+            self.open.len(),
+            self.asked.len(),
+        )
+    }
+
+    fn work_on_files(&self) -> io::Result<(Vec<String>, Option<ExitStatus>)> {
         let (rows, answers) = (self.folder.join("rows.jsonl"), self.folder.join("answers.jsonl"));
-        fs::write(&rows, lines)?;
         let _ = fs::remove_file(&answers);
         let mut command = self.command();
         command.env("GRLM_ROWS", &rows).env("GRLM_ANSWERS", &answers);
         let status = command.stdin(Stdio::null()).status()?;
-        let text = match fs::read_to_string(&answers) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        let text = match fs::read(&answers) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             text => text?,
         };
-        // After a bad end the last line may be half a line.
-        let whole = if status.success() { text.as_str() } else { &text[..text.rfind('\n').map_or(0, |at| at + 1)] };
-        Ok(Outcome { lines: whole.lines().map(str::to_owned).collect(), status: Some(status) })
+        let text = String::from_utf8_lossy(&text);
+        Ok((whole(text.split_inclusive('\n').map(str::to_owned).collect(), status), Some(status)))
     }
 
-    fn pass_stream(&mut self, lines: &str, wanted: usize) -> io::Result<Outcome> {
-        let mut running = match self.running.take() {
-            Some(running) => running,
-            None => {
-                let mut child = self.command().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-                let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-                    return Err(io::ErrorKind::BrokenPipe.into());
-                };
-                Running { child, stdin, stdout: BufReader::new(stdout) }
-            }
-        };
-        let (stdin, stdout) = (&mut running.stdin, &mut running.stdout);
-        let answers = std::thread::scope(|scope| -> io::Result<Vec<String>> {
-            scope.spawn(move || {
-                let _ = stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush());
-            });
-            let mut answers = Vec::new();
-            while answers.len() < wanted {
-                let mut line = String::new();
-                if stdout.read_line(&mut line)? == 0 {
-                    break;
-                }
-                if line.ends_with('\n') && !line.trim().is_empty() {
-                    answers.push(line);
-                }
-            }
-            Ok(answers)
-        })?;
-        if answers.len() == wanted {
-            self.running = Some(running);
-            return Ok(Outcome { lines: answers, status: None });
-        }
-        drop(running.stdin);
-        Ok(Outcome { lines: answers, status: Some(running.child.wait()?) })
-    }
-
-    /// Reads answers into `results`.
-    fn take(
-        &self,
-        lines: &[String],
-        numbers: &HashMap<String, usize>,
-        results: &mut HashMap<usize, RowResult>,
-    ) -> Result<(), StageError> {
+    /// Reads answers, up to the first line that is none.
+    fn take(&mut self, lines: &[String], given: &mut Given) -> Result<(), StageError> {
         for line in lines.iter().map(|line| line.trim()).filter(|line| !line.is_empty()) {
             let shown: String = line.chars().take(SHOWN).collect();
             let wrong = |what: &str| {
-                let help = "on its standard output a program that works row by row writes answers alone: one JSON \
-                            object a line, with the row's id; anything else belongs on standard error";
+                let help = match self.block.pass {
+                    Pass::Files => {
+                        "the file `$GRLM_ANSWERS` holds answers alone: one JSON object a line, with the row's id"
+                    }
+                    Pass::Stdin | Pass::Stream => {
+                        "on its standard output a program that works row by row writes answers alone: one JSON \
+                         object a line, with the row's id; anything else belongs on standard error"
+                    }
+                };
                 StageError::Command { message: format!("{what}: {shown}"), help: Some(help.into()) }
             };
             let mut answer: Map<String, Value> =
                 serde_json::from_str(line).map_err(|_| wrong("the program wrote a line that is no JSON object"))?;
             let id = answer.shift_remove(&self.block.id).ok_or_else(|| wrong("an answer has no id"))?;
-            let row = *numbers.get(&id.to_string()).ok_or_else(|| wrong("an answer to a row that was not asked"))?;
-            let result = match answer.get("error") {
-                Some(Value::String(message)) => Err(RowFailure::new(format!("{id}: {message}"))),
-                Some(Value::Null) | None => Ok(Value::Object(answer).to_string().into_bytes()),
-                Some(other) => Err(RowFailure::new(format!("{id}: {other}"))),
-            };
-            if results.insert(row, result).is_some() {
+            let row = *self.asked.get(&id.to_string()).ok_or_else(|| wrong("an answer to a row that was not asked"))?;
+            if !self.open.remove(&row) {
                 return Err(wrong("a second answer to one row"));
             }
+            given.push(match answer.get("error") {
+                Some(Value::Null) | None => (row, Ok(Value::Object(answer).to_string().into_bytes())),
+                Some(Value::String(message)) => self.failed(row, message),
+                Some(other) => self.failed(row, &other.to_string()),
+            });
+            (self.answered, self.bad_ends) = (true, 0);
         }
         Ok(())
     }
-}
 
-impl RowFunction for Program<'_> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
-        let numbers: HashMap<String, usize> = rows.iter().map(|&row| (self.list[row].id.to_string(), row)).collect();
-        let mut results: HashMap<usize, RowResult> = HashMap::with_capacity(rows.len());
-        let mut alone = false;
-        loop {
-            let open: Vec<usize> = rows.iter().copied().filter(|row| !results.contains_key(row)).collect();
-            let Some(&first) = open.first() else { break };
-            let asked = if alone { &open[..1] } else { &open[..] };
-            let outcome = self.pass(asked)?;
-            let before = results.len();
-            self.take(&outcome.lines, &numbers, &mut results)?;
-            if results.len() > before {
-                (self.answered, self.bad_ends) = (true, 0);
+    fn failed(&self, row: usize, message: &str) -> (usize, RowResult) {
+        (row, Err(RowFailure::new(message).of(self.list[row].id.to_string())))
+    }
+
+    /// What the program's end means for the rows that it did not answer.
+    fn ended(&mut self, status: ExitStatus, given: &mut Given) -> Result<(), StageError> {
+        let rest = std::mem::take(&mut self.open);
+        if status.success() {
+            given.extend(rest.into_iter().map(|row| self.failed(row, "the program gave no answer")));
+            self.alone = false;
+            return Ok(());
+        }
+        let error = failure(status);
+        if matches!(error, StageError::Killed { .. }) {
+            return Err(error);
+        }
+        if given.is_empty() && !self.answered {
+            self.bad_ends += 1;
+            if self.bad_ends >= BROKEN {
+                return Err(error);
             }
+        }
+        let only = if self.asked.len() == 1 { rest.first() } else { None };
+        self.alone = only.is_none() && !rest.is_empty();
+        given.extend(only.map(|&row| self.failed(row, &error.to_string())));
+        Ok(())
+    }
+
+    /// Hears the program until it has answered something, or an end comes of it.
+    fn answers(&mut self, rows: &[usize], given: &mut Given) -> Result<(), StageError> {
+        let failed = |e| StageError::io("run", "sh", e);
+        loop {
+            if self.open.is_empty() && (self.talk.is_none() || self.block.pass == Pass::Stream) {
+                self.ask(rows).map_err(failed)?;
+            }
+            let (lines, status) = self.hear().map_err(failed)?;
+            self.take(&lines, given)?;
             if self.device.stop.is_set() {
                 return Err(StageError::Stopped);
             }
-            let Some(status) = outcome.status else { continue };
-            if status.success() {
-                for row in asked.iter().filter(|row| !results.contains_key(row)).copied().collect::<Vec<_>>() {
-                    let id = &self.list[row].id;
-                    results.insert(row, Err(RowFailure::new(format!("{id}: the program gave no answer"))));
-                }
-                alone = false;
-                continue;
+            match status {
+                Some(status) => self.ended(status, given)?,
+                // One that was started for this batch is gone before the next begins.
+                None if self.open.is_empty() && self.block.pass == Pass::Stdin => continue,
+                None => {}
             }
-            let error = failure(status);
-            if matches!(error, StageError::Killed { .. }) {
-                return Err(error);
-            }
-            if results.len() == before && !self.answered {
-                self.bad_ends += 1;
-                if self.bad_ends >= BROKEN {
-                    return Err(error);
-                }
-            }
-            if asked.len() == 1 && !results.contains_key(&first) {
-                let id = &self.list[first].id;
-                results.insert(first, Err(RowFailure::new(format!("{id}: {error}"))));
-                alone = false;
-            } else {
-                alone = true;
+            if !given.is_empty() {
+                return Ok(());
             }
         }
-        Ok(rows.iter().filter_map(|row| results.remove(row)).collect())
+    }
+}
+
+/// Lines without the one that was cut off by a bad end.
+fn whole(mut lines: Vec<String>, status: ExitStatus) -> Vec<String> {
+    if !status.success() && lines.last().is_some_and(|line| !line.ends_with('\n')) {
+        lines.pop();
+    }
+    lines
+}
+
+impl RowFunction for Program<'_> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+        let mut given = Vec::new();
+        match self.answers(rows, &mut given) {
+            Err(error) if given.is_empty() => return Err(error),
+            outcome => self.end = outcome.err(),
+        }
+        Ok(given)
+    }
+
+    fn end(&mut self) -> Option<StageError> {
+        self.end.take()
     }
 }
 
 impl Drop for Program<'_> {
     fn drop(&mut self) {
-        if let Some(Running { mut child, stdin, .. }) = self.running.take() {
+        match self.talk.take() {
+            // It would work on for nothing.
+            Some(talk) if self.device.stop.is_set() || !self.open.is_empty() => talk.kill(),
             // The end of its input is the program's sign to end.
-            drop(stdin);
-            if self.device.stop.is_set() {
-                let _ = child.kill();
-            }
-            let _ = child.wait();
+            Some(talk) => drop(talk.end()),
+            None => {}
         }
         let _ = fs::remove_dir_all(&self.folder);
     }

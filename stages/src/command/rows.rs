@@ -6,6 +6,8 @@
 //! depends on. An answer is a JSON object that carries the row's `id`; `{"id": …, "error": "why"}` says that this row
 //! has none. The output has the answers in the order of rows, each beginning with its id.
 
+use std::collections::{HashMap, HashSet};
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -49,7 +51,8 @@ pub struct RowParams {
     /// Where results are kept: stages that run the same program may share one.
     #[serde(default = "namespace")]
     pub namespace: String,
-    /// Rows that the program gets at a time, at most: what a kill may cost. Changes no key.
+    /// Rows that the program gets at a time, at most: what a kill may cost. Changes no row's key: after a change the
+    /// stage runs again, and finds its rows.
     #[serde(default = "batch")]
     pub batch: usize,
     /// The stage fails when more rows than this do.
@@ -183,8 +186,8 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
     }
     let mut list = Vec::new();
     let mut keys = Vec::new();
-    let mut seen = std::collections::HashSet::new();
-    let mut met: std::collections::HashSet<&str> = std::collections::HashSet::new();
+    let mut seen: HashMap<String, u64> = HashMap::new();
+    let mut met: HashSet<&str> = HashSet::new();
     for (number, object) in (1u64..).zip(jsonl::lines::<Map<String, Value>>(path)?) {
         let object = object?;
         let wrong = |message: String| StageError::input(path, format!("row {number}: {message}"));
@@ -196,8 +199,9 @@ fn read(params: &Params, rows: &RowParams, cx: &StageContext) -> Result<(Vec<Row
                 return Err(error.help("`rows.id` names the field that tells rows apart"));
             }
         };
-        if !seen.insert(id.to_string()) {
-            return Err(wrong(format!("another row has the same `{}`, {id}", rows.id)));
+        if let Some(first) = seen.insert(id.to_string(), number) {
+            let error = wrong(format!("row {first} has the same `{}`, {id}", rows.id));
+            return Err(error.help("rows are told apart by it: give each its own, or name another field as `rows.id`"));
         }
         let (content, shown) = match &rows.fields {
             None => (Value::Object(object.clone()), object),
@@ -237,6 +241,9 @@ pub(super) fn run(params: &Params, block: &RowParams, cx: &mut StageContext) -> 
     let threads = cx.threads();
     let scratch = cx.scratch().to_owned();
     let done = rows::run(cx, &job, |device| Program::new(&params.run, block, &list, device, threads, &scratch))?;
+    if done.failures().count() == list.len() && !list.is_empty() {
+        cx.warn("every row failed: there are no answers");
+    }
     let mut out = jsonl::Writer::create(cx.output(&block.output(cx)?)?)?;
     let mut failed = block.failed.as_ref().map(|port| jsonl::Writer::create(cx.output(port)?)).transpose()?;
     for (row, result) in list.iter().zip(done.iter()) {

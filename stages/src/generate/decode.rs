@@ -194,16 +194,14 @@ impl<'a> Decoder<'a> {
 }
 
 impl RowFunction for Decoder<'_> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         if self.device.stop.is_set() {
             return Err(StageError::Stopped);
         }
         let queries: Vec<&Query> = rows.iter().map(|row| &self.work.queries[*row]).collect();
         let answers = self.pool.install(|| self.answers(&queries))?;
-        answers
-            .into_iter()
-            .map(|answers| serde_json::to_vec(&answers).map(Ok).map_err(|e| StageError::bug(e.to_string())))
-            .collect()
+        let bytes = |answers| serde_json::to_vec(&answers).map_err(|e| StageError::bug(e.to_string()));
+        rows.iter().zip(answers).map(|(row, answers)| Ok((*row, Ok(bytes(answers)?)))).collect()
     }
 }
 

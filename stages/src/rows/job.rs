@@ -1,5 +1,7 @@
 //! What a row stage gives: its rows and their keys, and the function that computes some of them on one device.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use crate::{Device, StageError, StopFlag};
 
 use super::RowKey;
@@ -9,14 +11,21 @@ pub type RowResult = Result<Vec<u8>, RowFailure>;
 
 /// A row could not be computed, and the others can: the model's answer is of no use, the program refused the item.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
+#[error("{}{message}", .row.as_ref().map(|row| format!("{row}: ")).unwrap_or_default())]
 pub struct RowFailure {
     pub message: String,
+    /// The row's name, where it has one that a user knows.
+    pub row: Option<String>,
 }
 
 impl RowFailure {
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into() }
+        Self { message: message.into(), row: None }
+    }
+
+    pub fn of(mut self, row: impl Into<String>) -> Self {
+        self.row = Some(row.into());
+        self
     }
 }
 
@@ -73,6 +82,21 @@ pub struct RowDevice {
     /// Set when the attempt should end. Between pieces the framework looks at it; a function that takes long for one
     /// piece should too, and return [`StageError::Stopped`].
     pub stop: StopFlag,
+    pub notes: Notes,
+}
+
+/// What a device's function has to say while it works; the user reads it as the stage's warnings.
+#[derive(Debug, Clone, Default)]
+pub struct Notes(Arc<Mutex<Vec<String>>>);
+
+impl Notes {
+    pub fn warn(&self, message: impl Into<String>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(message.into());
+    }
+
+    pub(super) fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl RowDevice {
@@ -94,13 +118,14 @@ impl RowDevice {
 
 /// Computes rows on one device. Made on the device's own thread and never moved, so it need not be `Send`.
 pub trait RowFunction {
-    /// The results of `rows` (indices into the job's keys), in their order.
+    /// The results of `rows` (indices into the job's keys), each with its row: of all of them, or of those that are
+    /// done already, at least one. They are kept, and the others are asked for again.
     ///
     /// # Errors
     /// What concerns all of them: [`StageError::OutOfMemory`] is tried again with half the rows,
     /// [`StageError::DeviceLost`] on another device, anything else ends the stage. What concerns one row alone is
     /// that row's [`RowFailure`].
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError>;
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError>;
 
     /// Gives back memory that is kept for speed (a cache of keys and values), before a smaller piece is tried.
     fn free_memory(&mut self) {}

@@ -41,12 +41,12 @@
 //! }
 //!
 //! impl RowFunction for Shout<'_> {
-//!     fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+//!     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
 //!         let one = |&row: &usize| match self.texts[row].as_str() {
 //!             "" => Err(RowFailure::new("the text is empty")),
 //!             text => Ok(text.to_uppercase().into_bytes()),
 //!         };
-//!         Ok(rows.iter().map(one).collect())
+//!         Ok(rows.iter().map(|row| (*row, one(row))).collect())
 //!     }
 //! }
 //!
@@ -79,7 +79,7 @@ mod share;
 mod tests;
 
 pub(crate) use digest::content_digest;
-pub use job::{RowDevice, RowFailure, RowFunction, RowJob, RowResult};
+pub use job::{Notes, RowDevice, RowFailure, RowFunction, RowJob, RowResult};
 pub use key::{RowFields, RowKey, RowRecipe};
 pub use memo::{MemoryMemo, RowMemo};
 pub use result::Rows;

@@ -2,14 +2,14 @@
 
 use std::{
     any::Any,
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     panic::AssertUnwindSafe,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use super::{
-    RowDevice, RowFunction, RowJob, RowKey, RowMemo, RowResult, Rows,
+    Notes, RowDevice, RowFunction, RowJob, RowKey, RowMemo, RowResult, Rows,
     share::{Next, Share},
 };
 use crate::{StageContext, StageError};
@@ -104,6 +104,7 @@ impl<'a> Run<'a> {
             cx.info(format!("{} of {total} {}s are known", share.done_rows, self.job.unit));
         }
         share.running = devices.len();
+        let notes: Vec<Notes> = devices.iter().map(|device| device.notes.clone()).collect();
         let workshop = Workshop {
             job: self.job,
             first: &self.first,
@@ -126,7 +127,7 @@ impl<'a> Run<'a> {
                     workshop.lock().end_device(Err(StageError::io("start a thread for", place, error)));
                 }
             }
-            workshop.watch(cx, total);
+            workshop.watch(cx, total, &notes);
         });
         if let Some(panic) = workshop.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             std::panic::resume_unwind(panic);
@@ -171,8 +172,8 @@ impl<'a> Workshop<'a> {
         self.memo.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells progress until every device's thread has ended.
-    fn watch(&self, cx: &mut StageContext, total: u64) {
+    /// Tells progress, and what devices have to say, until every device's thread has ended.
+    fn watch(&self, cx: &mut StageContext, total: u64, notes: &[Notes]) {
         let mut told = None;
         loop {
             let share = self.lock();
@@ -182,6 +183,7 @@ impl<'a> Workshop<'a> {
             if told.replace(done) != Some(done) {
                 cx.progress(done, total, &self.job.unit);
             }
+            notes.iter().flat_map(Notes::take).for_each(|note| cx.warn(note));
             if ended {
                 return;
             }
@@ -277,6 +279,21 @@ impl<'a> Workshop<'a> {
         Ok(())
     }
 
+    /// The results of some of `asked`, by distinct rows.
+    fn distinct(
+        &self,
+        asked: &[u32],
+        results: Vec<(usize, RowResult)>,
+    ) -> Result<(Vec<u32>, Vec<RowResult>), StageError> {
+        let numbers: HashMap<usize, u32> = asked.iter().map(|&row| (self.first[row as usize], row)).collect();
+        let of = |row| numbers.get(&row).copied();
+        let done: Option<Vec<u32>> = results.iter().map(|(row, _)| of(*row)).collect();
+        let done = done.filter(|done| !done.is_empty() && done.iter().collect::<HashSet<_>>().len() == done.len());
+        let results = results.into_iter().map(|(_, result)| result).collect();
+        done.map(|done| (done, results))
+            .ok_or_else(|| StageError::bug("a row function returned something else than results of its rows"))
+    }
+
     /// Computes `left`, which on failure holds what was not computed.
     fn compute<F, M>(&self, hand: &mut Hand<'_, F, M>, left: &mut Vec<u32>) -> Result<(), StageError>
     where
@@ -300,12 +317,8 @@ impl<'a> Workshop<'a> {
                 }
                 Err(error) => return Err(error),
             };
-            if results.len() != rows.len() {
-                let (got, of) = (results.len(), rows.len());
-                return Err(StageError::bug(format!("a row function returned {got} results for {of} rows")));
-            }
             let time = began.elapsed();
-            let done: Vec<u32> = left[..take].to_vec();
+            let (done, results) = self.distinct(&left[..take], results)?;
             let keys = self.keys(&done);
             {
                 let mut memo = self.memo();
@@ -319,7 +332,8 @@ impl<'a> Workshop<'a> {
             if let Some(end) = hand.function()?.end() {
                 return Err(end);
             }
-            left.drain(..take);
+            let gone: HashSet<u32> = done.iter().copied().collect();
+            left.retain(|row| !gone.contains(row));
             let mut share = self.lock();
             share.worked(time);
             done.into_iter().zip(results).for_each(|(row, result)| share.computed(row, result));

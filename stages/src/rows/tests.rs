@@ -41,8 +41,8 @@ type Unneeded = Of<fn(&RowDevice, &[usize]) -> Result<Vec<RowResult>, StageError
 struct Of<F>(RowDevice, F);
 
 impl<F: FnMut(&RowDevice, &[usize]) -> Result<Vec<RowResult>, StageError>> RowFunction for Of<F> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
-        (self.1)(&self.0, rows)
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+        Ok(rows.iter().copied().zip((self.1)(&self.0, rows)?).collect())
     }
 }
 
@@ -153,12 +153,12 @@ fn out_of_memory_halves_the_piece_and_gives_memory_back() {
         fits: usize,
     }
     impl RowFunction for Tight<'_> {
-        fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+        fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
             self.largest.lock().unwrap().push(rows.len());
             if rows.len() > self.fits {
                 return Err(StageError::OutOfMemory { message: "too many".into(), help: None });
             }
-            Ok(rows.iter().map(|_| Ok(Vec::new())).collect())
+            Ok(rows.iter().map(|&row| (row, Ok(Vec::new()))).collect())
         }
 
         fn free_memory(&mut self) {
@@ -301,15 +301,12 @@ fn rows_that_another_process_has_are_taken_over_when_it_dies() {
 }
 
 #[test]
-fn wrong_answers_of_a_function_are_its_bug() {
+fn every_row_has_a_cost_where_rows_have_costs() {
     let texts = texts(3);
     let (mut cx, _) = context(1, &MemoryMemo::default());
-    let job = RowJob::new(SPACE, "row", keys(&texts));
-    let short = |_: &RowDevice, _: &[usize]| Ok(vec![Ok(Vec::new())]);
-    let error = run(&mut cx, &job, |device| Ok(Of(device, short))).unwrap_err();
-    assert_eq!(error.to_string(), "a row function returned 1 results for 3 rows");
-    let job = job.costs(vec![1]);
-    assert_eq!(run(&mut cx, &job, |device| Ok(Of(device, short))).unwrap_err().failure(), Failure::Bug);
+    let job = RowJob::new(SPACE, "row", keys(&texts)).costs(vec![1]);
+    let outcome = run(&mut cx, &job, |device| Ok(Of(device, |_: &RowDevice, rows: &[usize]| Ok(shout(&texts, rows)))));
+    assert_eq!(outcome.unwrap_err().failure(), Failure::Bug);
 }
 
 #[test]
@@ -322,4 +319,53 @@ fn cores_are_shared_out_among_made_up_devices() {
     assert_eq!(threads(0, 3), [3]);
     assert_eq!(threads(2, 3), [2, 1]);
     assert_eq!(threads(3, 1), [1, 1, 1]);
+}
+
+#[test]
+fn what_comes_early_is_kept_though_the_rest_fails() {
+    /// Does one row at a time, the last first, and dies at row 1.
+    struct Slow<'a>(&'a [String], RowDevice);
+    impl RowFunction for Slow<'_> {
+        fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+            let Some(&last) = rows.last() else { return Ok(Vec::new()) };
+            self.1.notes.warn(format!("at row {last}"));
+            if last == 1 {
+                Err(StageError::bug("dead"))
+            } else {
+                Ok(vec![(last, Ok(self.0[last].clone().into_bytes()))])
+            }
+        }
+    }
+    let (texts, memo) = (texts(5), MemoryMemo::default());
+    let job = RowJob::new(SPACE, "row", keys(&texts)).batch(5);
+    let (mut cx, events) = context(1, &memo);
+    assert!(run(&mut cx, &job, |device| Ok(Slow(&texts, device))).unwrap_err().to_string().contains("dead"));
+    let warned = |event: &WorkerEvent| matches!(event, WorkerEvent::Log { message, .. } if message == "at row 3");
+    assert!(events.lock().unwrap().iter().any(warned));
+    let (mut cx, _) = context(1, &memo);
+    let mut asked = Vec::new();
+    let asked_of = Mutex::new(&mut asked);
+    let done = run(&mut cx, &job, |device| {
+        Ok(Of(device, |_: &RowDevice, rows: &[usize]| {
+            asked_of.lock().unwrap().extend_from_slice(rows);
+            Ok(shout(&texts, rows))
+        }))
+    });
+    assert_eq!((done.unwrap().computed(), asked), (2, vec![0, 1]));
+}
+
+#[test]
+fn a_function_that_returns_other_rows_than_it_was_asked_for_is_found_out() {
+    struct Wrong(Vec<(usize, RowResult)>);
+    impl RowFunction for Wrong {
+        fn compute(&mut self, _: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+            Ok(self.0.clone())
+        }
+    }
+    let job = RowJob::new(SPACE, "row", keys(&texts(2)));
+    for wrong in [vec![], vec![(7, Ok(Vec::new()))], vec![(0, Ok(Vec::new())), (0, Ok(Vec::new()))]] {
+        let (mut cx, _) = context(1, &MemoryMemo::default());
+        let error = run(&mut cx, &job, |_| Ok(Wrong(wrong.clone()))).unwrap_err();
+        assert!(error.to_string().contains("something else than results of its rows"), "{error}");
+    }
 }

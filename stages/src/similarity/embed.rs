@@ -148,11 +148,11 @@ struct Local<'a> {
 }
 
 impl RowFunction for Local<'_> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let texts: Vec<&str> = rows.iter().map(|row| self.texts[*row].as_str()).collect();
         let threads = self.pool.current_num_threads();
         let vectors = self.pool.install(|| self.encoder.encode(&texts, threads))?;
-        Ok(vectors.iter().map(|vector| Ok(bytes(vector))).collect())
+        Ok(rows.iter().zip(&vectors).map(|(row, vector)| (*row, Ok(bytes(vector)))).collect())
     }
 }
 
@@ -166,12 +166,12 @@ struct Served<'a> {
 }
 
 impl RowFunction for Served<'_> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let requests: Vec<&[usize]> = rows.chunks(PER_REQUEST).collect();
         let answers = self.endpoint.each(&requests, |rows| self.ask(rows));
         let gathered = gather(answers.into_iter().flatten().collect());
         self.end = gathered.end;
-        Ok(gathered.results)
+        Ok(rows.iter().copied().zip(gathered.results).collect())
     }
 
     fn end(&mut self) -> Option<StageError> {

@@ -126,10 +126,10 @@ fn failed_rows_are_listed_and_tried_again_alone() {
     assert_eq!(desk.given().len(), 3);
     let ran = desk.run(&run, json!({"max_failed_rows": 1}), ITEMS, 0).unwrap();
     assert_eq!(desk.given(), ["b"]);
-    assert_eq!(ran.lines("failed"), [json!({"id": "b", "error": "\"b\": no words"})]);
+    assert_eq!(ran.lines("failed"), [json!({"id": "b", "error": "no words"})]);
     assert_eq!(ran.lines("out").len(), 2);
     let silent = desk.run(&format!("grep -v blue; true # {}", log.display()), json!({"max_failed_rows": 1}), ITEMS, 0);
-    assert_eq!(silent.unwrap().lines("failed")[0]["error"], "\"b\": the program gave no answer");
+    assert_eq!(silent.unwrap().lines("failed")[0]["error"], "the program gave no answer");
 }
 
 #[test]
@@ -154,6 +154,27 @@ fn a_row_that_ends_the_program_fails_alone_and_a_broken_program_fails_the_stage(
 }
 
 #[test]
+fn answers_before_a_wrong_one_are_kept() {
+    for pass in ["stdin", "stream", "files"] {
+        let desk = Desk::new();
+        let log = desk.log();
+        // `${GRLM_ROWS:-/dev/stdin}` and its like: the same program for all three ways.
+        let run = format!(
+            "while IFS= read -r line; do echo \"$line\" >> {log}; case \"$line\" in *blue*) echo oops;; *) echo \"$line\";; \
+             esac; done < ${{GRLM_ROWS:-/dev/stdin}} > ${{GRLM_ANSWERS:-/dev/stdout}}",
+            log = log.display()
+        );
+        let error = desk.run(&run, json!({"pass": pass}), ITEMS, 0).unwrap_err();
+        assert!(error.to_string().contains("no JSON object: oops"), "{pass}: {error}");
+        let files = pass == "files";
+        assert_eq!(error.help_text().unwrap().contains("standard output"), !files);
+        desk.given();
+        desk.run(&run, json!({"pass": pass}), ITEMS, 0).unwrap_err();
+        assert!(!desk.given().contains(&"a".to_owned()), "{pass}: `a` was answered before");
+    }
+}
+
+#[test]
 fn answers_that_are_none_are_refused() {
     for (run, words) in [
         ("echo hello", "no JSON object: hello"),
@@ -173,7 +194,7 @@ fn rows_must_be_objects_with_distinct_ids() {
     assert!(refused("[1]\n").contains("input-items:1"));
     assert!(refused("{\"x\":1}\n").contains("no field `id`"));
     assert!(refused("{\"id\":[]}\n").contains("no text and no number"));
-    assert!(refused("{\"id\":1}\n{\"id\":1}\n").contains("row 2: another row has the same `id`, 1"));
+    assert!(refused("{\"id\":1}\n{\"id\":1}\n").contains("row 2: row 1 has the same `id`, 1"));
     let ran = Desk::new().run("cat", json!({"id": "user"}), "{\"user\":7}\n", 0).unwrap();
     assert_eq!(ran.text("out"), "{\"user\":7}\n");
 }

@@ -175,7 +175,7 @@ struct Local<'a, S> {
 }
 
 impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Local<'_, S> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let mut dialogues: Vec<Dialogue> = rows.iter().map(|row| (self.start)(*row)).collect();
         let mut failures: Vec<Option<RowFailure>> = vec![None; rows.len()];
         let mut open: Vec<usize> = (0..rows.len()).collect();
@@ -194,11 +194,9 @@ impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Local<'_, S> {
             }
             open = going;
         }
-        Ok(dialogues
-            .into_iter()
-            .zip(failures)
-            .map(|(dialogue, failure)| failure.map_or_else(|| bytes(dialogue), Err))
-            .collect())
+        let results = dialogues.into_iter().zip(failures);
+        let results = results.map(|(dialogue, failure)| failure.map_or_else(|| bytes(dialogue), Err));
+        Ok(rows.iter().copied().zip(results).collect())
     }
 }
 
@@ -240,7 +238,7 @@ struct Served<'a, S> {
 }
 
 impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Served<'_, S> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<RowResult>, StageError> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let answers = self.endpoint.each(rows, |row| {
             let mut dialogue = (self.start)(*row);
             loop {
@@ -252,7 +250,8 @@ impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Served<'_, S> {
         });
         let gathered = gather(answers);
         self.end = gathered.end;
-        Ok(gathered.results.into_iter().map(|result| result.and_then(bytes)).collect())
+        let results = gathered.results.into_iter().map(|result| result.and_then(bytes));
+        Ok(rows.iter().copied().zip(results).collect())
     }
 
     fn end(&mut self) -> Option<StageError> {
