@@ -10,5 +10,7 @@ pub fn tune() {
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+        // The heap grows in steps of this size instead of 128 KiB; pages that nobody touched take no memory.
+        libc::mallopt(libc::M_TOP_PAD, 8 << 20);
     }
 }

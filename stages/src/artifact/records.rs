@@ -62,17 +62,16 @@ pub struct Neighbors {
 
 /// A line of `holdout`: one user under leave-one-out. `history` holds the training items, oldest first; then came
 /// `valid`, then `test`. `group` is the user's group by length of history, `domain` the domain of the test item.
-/// A writer may borrow all of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Holdout<U = UserId, I = ItemId, T = String> {
-    pub user: U,
-    pub history: Vec<I>,
-    pub valid: I,
-    pub test: I,
-    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
-    pub group: Option<T>,
-    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
-    pub domain: Option<T>,
+pub struct Holdout {
+    pub user: UserId,
+    pub history: Vec<ItemId>,
+    pub valid: ItemId,
+    pub test: ItemId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
 }
 
 /// Which held-out item a ranking is for.

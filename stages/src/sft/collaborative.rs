@@ -22,6 +22,7 @@ use crate::{
     artifact::{Id2Meta, TidRecord, sequences, text},
     prompts::Prompts,
     stage::{Input, Output},
+    threads,
 };
 
 pub struct SftCollaborative;
@@ -70,11 +71,12 @@ impl Stage for SftCollaborative {
 
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let prompts = Prompts::load(cx.optional_input("prompts"))?;
-        let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
-        let path = cx.input("similar_items")?;
-        let text = text::read(path)?;
+        let (items, path) = (cx.input("id2meta")?, cx.input("similar_items")?);
+        let pool = threads::pool(cx)?;
+        let (id2meta, text) = pool.join(|| Id2Meta::read(items), || text::read(path));
+        let (id2meta, text) = (id2meta?, text?);
         let usable: Vec<bool> = id2meta.records().iter().map(TidRecord::has_valid_tid).collect();
-        let lines = Lines::render(params, &id2meta);
+        let lines = pool.install(|| Lines::render(params, &id2meta));
         let instruction = escaped(&prompts.sft_collaborative.instruction);
         let input = EscapedTemplate::new(&prompts.sft_collaborative.input, &["item_line", "count"]);
         let mut writer = ArrayWriter::create(cx.output("sft")?)?;
@@ -140,8 +142,8 @@ struct Lines {
 
 impl Lines {
     fn render(params: &Params, id2meta: &Id2Meta) -> Self {
-        let mut text = String::new();
-        let mut all = |push: fn(&mut String, &TidRecord, &Params)| -> Vec<Vec<u8>> {
+        let all = |push: fn(&mut String, &TidRecord, &Params)| -> Vec<Vec<u8>> {
+            let mut text = String::new();
             let render = |record| {
                 text.clear();
                 push(&mut text, record, params);
@@ -149,7 +151,8 @@ impl Lines {
             };
             id2meta.records().iter().map(render).collect()
         };
-        Self { anchor: all(push_anchor), similar: all(push_similar) }
+        let (anchor, similar) = rayon::join(|| all(push_anchor), || all(push_similar));
+        Self { anchor, similar }
     }
 }
 

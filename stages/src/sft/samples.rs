@@ -41,6 +41,19 @@ impl ArrayWriter {
         if self.buffer.len() >= CHUNK { self.flush() } else { Ok(()) }
     }
 
+    /// Adds elements that were put together elsewhere.
+    ///
+    /// # Errors
+    /// The disk is full, or the like.
+    pub fn append(&mut self, elements: &mut Elements) -> Result<(), StageError> {
+        if let Some(separator) = elements.bytes.first_mut().filter(|_| self.elements == 0) {
+            *separator = b'[';
+        }
+        self.elements += elements.count;
+        self.flush()?;
+        self.file.write_all(&elements.bytes).map_err(|e| StageError::io("write", &self.path, e))
+    }
+
     /// Ends the array, and says how many elements it has. Without it the file is not whole.
     ///
     /// # Errors
@@ -60,6 +73,23 @@ impl ArrayWriter {
         self.file.write_all(&self.buffer).map_err(|e| StageError::io("write", &self.path, e))?;
         self.buffer.clear();
         Ok(())
+    }
+}
+
+/// Elements of an array, each with the comma before it.
+#[derive(Default)]
+pub struct Elements {
+    bytes: Vec<u8>,
+    count: u64,
+}
+
+impl Elements {
+    /// Adds the element that `write` appends to the buffer, at nesting level 1.
+    pub fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.bytes.push(b',');
+        python_json::write_break(&mut self.bytes, 1);
+        write(&mut self.bytes);
+        self.count += 1;
     }
 }
 

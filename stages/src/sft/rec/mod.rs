@@ -22,7 +22,7 @@ use self::{users::Users, write::Parts};
 use super::rec_text::Format;
 use crate::{
     Artifact, Compat, ParamIssue, Ports, Stage, StageContext, StageError,
-    artifact::{Id2Meta, jsonl, text},
+    artifact::{Id2Meta, text},
     prompts::Prompts,
     stage::{Input, Output},
     threads,
@@ -161,7 +161,8 @@ impl Stage for SftRec {
         }
         cx.check_stop()?;
 
-        let parts = Parts::render(params, &id2meta);
+        let pool = threads::pool(cx)?;
+        let parts = pool.install(|| Parts::render(params, &id2meta));
         let mapped = match params.compat {
             Compat::Reference => users.appeared.clone(),
             Compat::Fixed => (0..id2meta.len()).filter(|&i| id2meta.records()[i].has_valid_tid()).collect(),
@@ -170,14 +171,14 @@ impl Stage for SftRec {
         let [sft, item_id2tid, tid2item_id, holdout] =
             ["sft", "item_id2tid", "tid2item_id", "holdout"].map(|port| cx.output(port));
         let [sft, item_id2tid, tid2item_id, holdout] = [sft?, item_id2tid?, tid2item_id?, holdout?];
-        // The records are three times as long as everything else, and depend on none of it.
-        let (recorded, samples) = threads::pool(cx)?.join(
+        // The records are three times as long as everything else: whoever is done with that helps to render them.
+        let (recorded, samples) = pool.join(
             || records.map_or(Ok(()), |path| write::records(path, &prompts, &users, &id2meta, &parts)),
             || {
                 let samples = write::samples(params, sft, &prompts, &users, &parts)?;
                 write::item_id2tid(item_id2tid, &id2meta, &mapped)?;
                 write::tid2item_id(tid2item_id, &id2meta, &mapped)?;
-                jsonl::write(holdout, users.holdout(&id2meta, &users.groups()))?;
+                write::holdout(holdout, &users, &id2meta, &parts)?;
                 Ok::<_, StageError>(samples)
             },
         );
@@ -228,6 +229,17 @@ mod tests {
         assert_eq!(ran.json("tid2item_id")["w8,b,c,d,e"], json!(["8"]));
         assert!(!ran.outputs.contains_key("records"));
         assert_eq!(ran.logs()[0], "1 users left out: 1 for an unknown item (first: `99`, line 3)");
+    }
+
+    #[test]
+    fn held_out_lines_are_what_their_type_writes() {
+        let ran = run("\"u\\\u{1}é\u{7f} 1 2 3 4\nv 5 6 7\n", json!({})).unwrap();
+        let lines: Vec<String> = ran.text("holdout").lines().map(str::to_owned).collect();
+        assert_eq!(lines.len(), 2);
+        for line in lines {
+            let held: crate::artifact::Holdout = serde_json::from_str(&line).unwrap();
+            assert_eq!(serde_json::to_string(&held).unwrap(), line);
+        }
     }
 
     #[test]

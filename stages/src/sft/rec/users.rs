@@ -1,13 +1,13 @@
 //! Which users are kept, with which items, and what is held out of each.
 
-use std::{borrow::Cow, path::Path};
+use std::path::Path;
 
 use rustc_hash::FxHashMap;
 
 use super::{Params, UnknownItems};
 use crate::{
     StageError,
-    artifact::{Holdout, Id2Meta, ItemId, sequences},
+    artifact::{Id2Meta, sequences},
 };
 
 /// A kept user. Items are places in the catalogue.
@@ -177,26 +177,10 @@ impl<'a> Users<'a> {
         Ok(users)
     }
 
-    /// The held-out targets, with each user's group by length of history and the domain of the test item.
-    pub fn holdout<'b>(&'b self, id2meta: &'b Id2Meta, groups: &'b Groups) -> impl Iterator<Item = HeldOut<'b>> {
-        let record = |i: usize| &id2meta.records()[i];
-        self.kept.iter().map(move |user| Holdout {
-            user: user.name,
-            history: user.history().iter().map(|&i| record(i).id()).collect(),
-            valid: record(user.valid()).id(),
-            test: record(user.test()).id(),
-            group: groups.name(user.history_length).map(Cow::Borrowed),
-            domain: record(user.test()).domain(),
-        })
-    }
-
     pub fn groups(&self) -> Groups {
         Groups::new(self.kept.iter().map(|u| u.history_length).collect())
     }
 }
-
-/// A line of `holdout`, borrowed.
-type HeldOut<'a> = Holdout<&'a str, &'a ItemId, Cow<'a, str>>;
 
 /// Users by length of history, in at most five groups of about equal size; equal lengths share a group.
 pub struct Groups(Vec<Group>);
@@ -223,7 +207,7 @@ impl Groups {
         Self(groups)
     }
 
-    fn name(&self, length: usize) -> Option<&str> {
+    pub fn name(&self, length: usize) -> Option<&str> {
         self.0.iter().find(|group| length <= group.last).map(|group| &*group.name)
     }
 }

@@ -7,27 +7,33 @@ use rustc_hash::FxHashMap;
 use super::{
     super::{
         rec_text::{self, Format, Place},
-        samples::{ArrayWriter, escaped, push_fields, push_sample},
+        samples::{ArrayWriter, Elements, escaped, push_fields, push_sample},
     },
     Params,
     users::{User, Users},
 };
 use crate::{
     StageError,
-    artifact::{Id2Meta, TID_LENGTH, python_json},
+    artifact::{Id2Meta, TID_LENGTH, TidRecord, python_json},
     prompts::Prompts,
 };
 
-/// Each item as it stands in a history, by place in the catalogue.
+/// Users whose records are rendered at a time.
+const CHUNK: usize = 256;
+
+/// Each item as it stands in a file, by place in the catalogue.
 pub struct Parts {
+    /// At the beginning of a history.
     first: Vec<Vec<u8>>,
     later: Vec<Vec<u8>>,
+    /// The id as a JSON string.
+    ids: Vec<Vec<u8>>,
 }
 
 impl Parts {
     pub fn render(params: &Params, id2meta: &Id2Meta) -> Self {
-        let mut text = String::new();
-        let mut all = |place: Place| -> Vec<Vec<u8>> {
+        let all = |place: Place| -> Vec<Vec<u8>> {
+            let mut text = String::new();
             let render = |record| {
                 text.clear();
                 match params.format {
@@ -38,7 +44,14 @@ impl Parts {
             };
             id2meta.records().iter().map(render).collect()
         };
-        Self { first: all(Place::First), later: all(Place::Later) }
+        let id = |record: &TidRecord| {
+            let mut out = Vec::new();
+            python_json::write_string(&mut out, record.id().as_str());
+            out
+        };
+        let ids = || id2meta.records().iter().map(id).collect();
+        let (first, (later, ids)) = rayon::join(|| all(Place::First), || rayon::join(|| all(Place::Later), ids));
+        Self { first, later, ids }
     }
 
     fn input(&self, items: &[usize]) -> &[u8] {
@@ -90,15 +103,11 @@ pub fn records(
     let mut writer = ArrayWriter::create(path)?;
     // Rendered once an item, at the nesting at which they are copied.
     let mut whole = Vec::with_capacity(id2meta.len());
-    let mut ids = Vec::with_capacity(id2meta.len());
     let mut words = Vec::with_capacity(id2meta.len());
     for record in id2meta.records() {
         let mut out = Vec::new();
         record.fields().write_pretty(&mut out, 2);
         whole.push(out);
-        let mut out = Vec::new();
-        python_json::write_string(&mut out, record.id().as_str());
-        ids.push(out);
         let mut out = Vec::new();
         for (i, word) in record.clean_words().enumerate() {
             if i > 0 {
@@ -109,38 +118,100 @@ pub fn records(
         }
         words.push(out);
     }
-    for user in &users.kept {
-        writer.push(|out| {
-            out.push(b'{');
-            push_fields(out, &instruction, [parts.input(user.history())], parts.output(user.history()));
-            out.push(b',');
-            push_name(out, "metadata");
-            push_metadata(out, user);
-            out.push(b',');
-            push_name(out, "item_id_list");
-            push_array(out, user.items.iter().map(|&i| &*ids[i]), true);
-            out.push(b',');
-            push_name(out, "item_id_len");
-            out.extend_from_slice(user.items.len().to_string().as_bytes());
-            out.push(b',');
-            push_name(out, "all_summary_words");
-            push_array(out, user.items.iter().map(|&i| &*words[i]), false);
-            let targets = [("valid", user.valid()), ("test", user.test())];
-            for (what, part) in [("id", &ids), ("tid", &words), ("msg", &whole)] {
-                for (split, item) in targets {
-                    out.push(b',');
-                    push_name(out, &format!("{split}_ground_truth_{what}"));
-                    match what {
-                        "tid" => push_array(out, [&*part[item]], false),
-                        _ => out.extend_from_slice(&part[item]),
-                    }
-                }
-            }
-            python_json::write_break(out, 1);
-            out.push(b'}');
-        })?;
+    let name = |what: &str| -> Vec<u8> {
+        let mut out = Vec::new();
+        push_name(&mut out, what);
+        out
+    };
+    let [metadata, id_list, id_len, all_words] =
+        ["metadata", "item_id_list", "item_id_len", "all_summary_words"].map(name);
+    let truths =
+        ["id", "tid", "msg"].map(|what| ["valid", "test"].map(|split| name(&format!("{split}_ground_truth_{what}"))));
+    let render = |out: &mut Vec<u8>, user: &User<'_>| {
+        out.push(b'{');
+        push_fields(out, &instruction, [parts.input(user.history())], parts.output(user.history()));
+        out.push(b',');
+        out.extend_from_slice(&metadata);
+        push_metadata(out, user);
+        out.push(b',');
+        out.extend_from_slice(&id_list);
+        push_array(out, user.items.iter().map(|&i| &*parts.ids[i]), true);
+        out.push(b',');
+        out.extend_from_slice(&id_len);
+        push_number(out, user.items.len());
+        out.push(b',');
+        out.extend_from_slice(&all_words);
+        push_array(out, user.items.iter().map(|&i| &*words[i]), false);
+        let targets = [user.valid(), user.test()];
+        let [as_id, as_tid, as_record] = &truths;
+        for (name, item) in as_id.iter().zip(targets) {
+            push_truth(out, name, |out| out.extend_from_slice(&parts.ids[item]));
+        }
+        for (name, item) in as_tid.iter().zip(targets) {
+            push_truth(out, name, |out| push_array(out, [&*words[item]], false));
+        }
+        for (name, item) in as_record.iter().zip(targets) {
+            push_truth(out, name, |out| out.extend_from_slice(&whole[item]));
+        }
+        python_json::write_break(out, 1);
+        out.push(b'}');
+    };
+    // A chunk is written while the next is rendered.
+    let mut ready = Elements::default();
+    for chunk in users.kept.chunks(CHUNK) {
+        let next = || {
+            let mut elements = Elements::default();
+            chunk.iter().for_each(|user| elements.push(|out| render(out, user)));
+            elements
+        };
+        let (written, next) = rayon::join(|| writer.append(&mut ready), next);
+        written?;
+        ready = next;
     }
+    writer.append(&mut ready)?;
     writer.finish().map(|_| ())
+}
+
+fn push_truth(out: &mut Vec<u8>, name: &[u8], push: impl FnOnce(&mut Vec<u8>)) {
+    out.push(b',');
+    out.extend_from_slice(name);
+    push(out);
+}
+
+fn push_number(out: &mut Vec<u8>, number: usize) {
+    out.extend_from_slice(number.to_string().as_bytes());
+}
+
+/// Writes the held-out targets, with each user's group by length of history and the domain of the test item: a line of
+/// [`Holdout`](crate::artifact::Holdout) each.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn holdout(path: &Path, users: &Users<'_>, id2meta: &Id2Meta, parts: &Parts) -> Result<(), StageError> {
+    let groups = users.groups();
+    let mut out = Vec::new();
+    for user in &users.kept {
+        out.extend_from_slice(b"{\"user\":");
+        python_json::write_string(&mut out, user.name);
+        out.extend_from_slice(b",\"history\":[");
+        for (i, &item) in user.history().iter().enumerate() {
+            out.extend_from_slice(if i > 0 { b"," } else { b"" });
+            out.extend_from_slice(&parts.ids[item]);
+        }
+        out.extend_from_slice(b"],\"valid\":");
+        out.extend_from_slice(&parts.ids[user.valid()]);
+        out.extend_from_slice(b",\"test\":");
+        out.extend_from_slice(&parts.ids[user.test()]);
+        let domain = id2meta.records()[user.test()].domain();
+        for (name, text) in [("group", groups.name(user.history_length)), ("domain", domain.as_deref())] {
+            if let Some(text) = text {
+                out.extend_from_slice(format!(",\"{name}\":").as_bytes());
+                python_json::write_string(&mut out, text);
+            }
+        }
+        out.extend_from_slice(b"}\n");
+    }
+    fs::write(path, out).map_err(|e| StageError::io("write", path, e))
 }
 
 fn push_name(out: &mut Vec<u8>, name: &str) {
@@ -183,7 +254,7 @@ fn push_metadata(out: &mut Vec<u8>, user: &User<'_>) {
         python_json::write_break(out, 3);
         python_json::write_string(out, name);
         out.extend_from_slice(b": ");
-        out.extend_from_slice(value.to_string().as_bytes());
+        push_number(out, value);
     }
     python_json::write_break(out, 2);
     out.push(b'}');
