@@ -1,15 +1,13 @@
 //! The formula of `encoder::memory` beside the peak of a process that embeds with a Qwen3. Alone in its file: the peak is
 //! the process's own.
 
-use std::fs;
-
-use grlm_nn::{
-    encoder::{Encoder, TOKENS_AT_ONCE, memory},
-    qwen3::Config,
-};
+use grlm_nn::{encoder::memory, qwen3::Config};
 
 mod common;
-use common::{peak, write_model};
+#[path = "common/embedding.rs"]
+mod embedding;
+use common::write_model;
+use embedding::assert_formula;
 
 #[test]
 fn the_formula_is_within_a_fifth_of_the_peak() {
@@ -32,21 +30,5 @@ fn the_formula_is_within_a_fifth_of_the_peak() {
         initializer_range: 0.02,
     };
     write_model(folder.path(), &shape.to_json("float32"), shape.tensors());
-    let weights = memory::qwen3_weights(&shape);
-    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/encoders/qwen3/tokenizer.json");
-    fs::copy(fixture, folder.path().join("tokenizer.json")).unwrap();
-    let texts: Vec<String> = (0..6).map(|t| format!("soap {t} for hair and hand, ").repeat(200)).collect();
-    let Some(before) = peak() else {
-        eprintln!("skipped: this system does not say how much memory a process took");
-        return;
-    };
-    let encoder = Encoder::load(folder.path(), None, 512).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    let vectors = pool.install(|| encoder.encode(&texts, 1)).unwrap();
-    assert_eq!((vectors.len(), vectors[0].len()), (6, 512));
-    let measured = (peak().unwrap() - before) as f64;
-    let stated = (weights + encoder.bytes_of_work(TOKENS_AT_ONCE)) as f64;
-    let mib = |bytes: f64| bytes / f64::from(1 << 20);
-    println!("stated {:.1} MiB, measured {:.1} MiB", mib(stated), mib(measured));
-    assert!((stated / measured - 1.0).abs() < 0.2, "stated {:.1} MiB, measured {:.1} MiB", mib(stated), mib(measured));
+    assert_formula(folder.path(), "qwen3", memory::qwen3_weights(&shape));
 }

@@ -10,7 +10,7 @@ use grlm_nn::{
     Tokenizer,
     qwen3::Config,
     tokenizer::special,
-    train::{Allowed, Model, Session, export, init},
+    train::{Model, Session, export, init},
 };
 use serde_json::{Map, Value, json};
 
@@ -117,7 +117,7 @@ impl Stage for Train {
         if params.normalize == Normalize::Allowed {
             let catalogue = Catalogue::new(params, &layout, id2meta.as_ref())?;
             let trie = catalogue.trie_for_losses(&layout, &corpus)?;
-            model.choose_among(Allowed::new(trie, params.whole_tids)?);
+            model.choose_among(trie);
         }
         let recall = match params.validation.recall {
             true => Some(recall::Recall::new(params, &layout, id2meta.as_ref(), cx)?),

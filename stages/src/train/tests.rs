@@ -105,7 +105,6 @@ fn a_model_that_only_tells_what_the_catalogue_allows_apart_learns_it_too() {
     for (tokens, kind) in [("words", TokenKind::Words), ("prefixes", TokenKind::Prefixes)] {
         let settings = json!({
             "normalize": "allowed", "unit_embeddings": true, "averaging": 0.9, "tokens": tokens,
-            "whole_tids": if tokens == "words" { 0.0 } else { 0.2 },
             "validation": {"recall": true, "every": 50},
         });
         let ran = bench(&rec).input_path("holdout", rec.path("holdout")).run("train", small(settings)).unwrap();

@@ -123,14 +123,6 @@ impl Trie {
         Some(self.ends[node.0 as usize]).filter(|e| *e != NONE)
     }
 
-    /// The last token of an entry.
-    ///
-    /// # Panics
-    /// If there is no such entry.
-    pub fn last_token(&self, entry: u32) -> u32 {
-        self.token[self.node_of[entry as usize] as usize]
-    }
-
     /// Entries at this node and below it.
     pub fn below(&self, node: Node) -> u32 {
         self.below[node.0 as usize]
@@ -232,7 +224,6 @@ mod tests {
         assert_eq!(trie.only_way_on(trie.child(seven, 0)), Some((vec![5, 6], 3)));
         assert_eq!(trie.entry(trie.child(seven, 1)), Some(2));
         assert_eq!((trie.longest(), trie.largest_token(), trie.nodes()), (4, 7, 8));
-        assert_eq!([0, 1, 2, 3].map(|entry| trie.last_token(entry)), [3, 2, 1, 6]);
     }
 
     #[test]

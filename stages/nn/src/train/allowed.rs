@@ -13,52 +13,10 @@ use super::{
     cross_entropy::{self, cross_entropy, row_loss},
     kernels::{dot, with_simd},
 };
-use crate::{
-    Error,
-    generate::{Node, Trie},
-};
+use crate::generate::{Node, Trie};
 
 /// Rows that one task works on.
 const ROWS: usize = 16;
-
-/// A catalogue to take losses among.
-pub struct Allowed {
-    trie: Trie,
-    /// The weight of the loss of whole entries.
-    whole: f32,
-    /// The last token of each entry, ascending, and the place there of each entry's.
-    last: Vec<u32>,
-    place: Vec<u32>,
-}
-
-impl Allowed {
-    /// With `whole` above 0 the gradients are also those of `whole` times a second loss: where an entry begins, it is
-    /// told among all entries at once, by its last token.
-    ///
-    /// # Errors
-    /// `whole` is above 0, and two entries end in the same token.
-    pub fn new(trie: Trie, whole: f32) -> Result<Self, Error> {
-        let (mut last, mut place) = (Vec::new(), Vec::new());
-        if whole > 0.0 {
-            let of_entry: Vec<u32> = (0..trie.entries() as u32).map(|entry| trie.last_token(entry)).collect();
-            last = of_entry.clone();
-            last.sort_unstable();
-            if let Some(pair) = last.windows(2).find(|pair| pair[0] == pair[1]) {
-                return Err(Error::argument(format!("several TIDs end in token {}, and are not told by it", pair[0])));
-            }
-            place = of_entry.iter().map(|token| last.partition_point(|other| other < token) as u32).collect();
-        }
-        Ok(Self { trie, whole, last, place })
-    }
-
-    pub fn trie(&self) -> &Trie {
-        &self.trie
-    }
-
-    pub fn whole(&self) -> f32 {
-        self.whole
-    }
-}
 
 /// What a batch's targets choose.
 #[derive(Default)]
@@ -66,8 +24,6 @@ struct Choices {
     /// First tokens, where there are several.
     first: Vec<Choice>,
     later: Vec<Choice>,
-    /// The row before each entry, and the entry.
-    entries: Vec<(usize, u32)>,
 }
 
 /// A target among the alternatives of its node.
@@ -98,34 +54,28 @@ fn after(trie: &Trie, node: Node) -> Node {
 /// have, are passed over.
 fn choices(trie: &Trie, batch: &Batch) -> Choices {
     let mut choices = Choices::default();
-    let (mut node, mut start, mut next) = (Some(trie.root()), 0, usize::MAX);
+    let (mut node, mut next) = (Some(trie.root()), usize::MAX);
     for (row, &(place, token)) in batch.targets.iter().enumerate() {
         if place != next {
             node = Some(trie.root());
         }
         next = place + 1;
         node = node.and_then(|node| {
-            let is_first = node == trie.root();
-            if is_first {
-                start = row;
-            }
             let index = trie.tokens(node).binary_search(&token).ok()?;
             if trie.tokens(node).len() > 1 {
-                let into = if is_first { &mut choices.first } else { &mut choices.later };
+                let into = if node == trie.root() { &mut choices.first } else { &mut choices.later };
                 into.push(Choice { row, node, index });
             }
-            let child = trie.child(node, index);
-            choices.entries.extend(trie.entry(child).map(|entry| (start, entry)));
-            Some(after(trie, child))
+            Some(after(trie, trie.child(node, index)))
         });
     }
     choices
 }
 
-/// As [`cross_entropy`], for the targets of `batch`, whose hidden states are the rows of `hidden`. The loss of whole
-/// entries is not counted.
+/// As [`cross_entropy`], for the targets of `batch`, whose hidden states are the rows of `hidden`, among what `trie`
+/// allows.
 pub fn cross_entropy_allowed(
-    allowed: &Allowed,
+    trie: &Trie,
     batch: &Batch,
     hidden: &[f32],
     head: &[f32],
@@ -133,66 +83,48 @@ pub fn cross_entropy_allowed(
     logits: &mut Vec<f32>,
     gradients: Option<cross_entropy::Gradients<'_>>,
 ) -> f64 {
-    let trie = &allowed.trie;
     let choices = choices(trie, batch);
     let mut gradients = gradients;
     if let Some(g) = &mut gradients {
         g.d_hidden.fill(0.0);
     }
     let rows = choices.first.iter().map(|choice| (choice.row, choice.index as u32)).collect::<Vec<_>>();
-    let mut part = Part { hidden, head, width, logits };
-    let loss = part.told_among(trie.tokens(trie.root()), &rows, 1.0, &mut gradients);
-    if allowed.whole > 0.0 && gradients.is_some() {
-        let place = |&(row, entry): &(usize, u32)| (row, allowed.place[entry as usize]);
-        let rows: Vec<(usize, u32)> = choices.entries.iter().map(place).collect();
-        part.told_among(&allowed.last, &rows, allowed.whole, &mut gradients);
-    }
+    let loss = told_among(trie.tokens(trie.root()), &rows, (hidden, head, width), logits, &mut gradients);
     loss + later_tokens(trie, &choices.later, hidden, head, width, gradients)
 }
 
-/// What rows and tokens are taken from.
-struct Part<'a> {
-    hidden: &'a [f32],
-    head: &'a [f32],
-    width: usize,
-    logits: &'a mut Vec<f32>,
-}
-
-impl Part<'_> {
-    /// One softmax over `tokens`, whose rows of the head are brought together. `rows` are rows of the hidden states, and
-    /// the place of each one's target among `tokens`. Adds `weight` times its gradients.
-    fn told_among(
-        &mut self,
-        tokens: &[u32],
-        rows: &[(usize, u32)],
-        weight: f32,
-        gradients: &mut Option<cross_entropy::Gradients<'_>>,
-    ) -> f64 {
-        let width = self.width;
-        let row = |of: &'_ [f32], at: usize| of[at * width..(at + 1) * width].to_vec();
-        let some_head: Vec<f32> = tokens.iter().flat_map(|&token| row(self.head, token as usize)).collect();
-        let some_hidden: Vec<f32> = rows.iter().flat_map(|&(at, _)| row(self.hidden, at)).collect();
-        let targets: Vec<u32> = rows.iter().map(|&(_, target)| target).collect();
-        let Some(g) = gradients else {
-            return cross_entropy(&some_hidden, &some_head, width, &targets, self.logits, None);
-        };
-        let (mut d_hidden, mut d_head) = (vec![0.0; some_hidden.len()], vec![0.0; some_head.len()]);
-        let some = cross_entropy::Gradients {
-            d_hidden: &mut d_hidden,
-            d_head: g.d_head.is_some().then_some(d_head.as_mut_slice()),
-            scale: g.scale * weight,
-        };
-        let loss = cross_entropy(&some_hidden, &some_head, width, &targets, self.logits, Some(some));
-        for (&(at, _), d) in rows.iter().zip(d_hidden.chunks_exact(width)) {
-            add(&mut g.d_hidden[at * width..(at + 1) * width], d, 1.0);
-        }
-        if let Some(all) = &mut g.d_head {
-            for (&token, d) in tokens.iter().zip(d_head.chunks_exact(width)) {
-                add(&mut all[token as usize * width..(token as usize + 1) * width], d, 1.0);
-            }
-        }
-        loss
+/// One softmax over `tokens`, whose rows of the head are brought together. `rows` are rows of the hidden states, and the
+/// place of each one's target among `tokens`; then come the hidden states and the head, with the width of both.
+fn told_among(
+    tokens: &[u32],
+    rows: &[(usize, u32)],
+    (hidden, head, width): (&[f32], &[f32], usize),
+    logits: &mut Vec<f32>,
+    gradients: &mut Option<cross_entropy::Gradients<'_>>,
+) -> f64 {
+    let row = |of: &'_ [f32], at: usize| of[at * width..(at + 1) * width].to_vec();
+    let some_head: Vec<f32> = tokens.iter().flat_map(|&token| row(head, token as usize)).collect();
+    let some_hidden: Vec<f32> = rows.iter().flat_map(|&(at, _)| row(hidden, at)).collect();
+    let targets: Vec<u32> = rows.iter().map(|&(_, target)| target).collect();
+    let Some(g) = gradients else {
+        return cross_entropy(&some_hidden, &some_head, width, &targets, logits, None);
+    };
+    let (mut d_hidden, mut d_head) = (vec![0.0; some_hidden.len()], vec![0.0; some_head.len()]);
+    let some = cross_entropy::Gradients {
+        d_hidden: &mut d_hidden,
+        d_head: g.d_head.is_some().then_some(d_head.as_mut_slice()),
+        scale: g.scale,
+    };
+    let loss = cross_entropy(&some_hidden, &some_head, width, &targets, logits, Some(some));
+    for (&(at, _), d) in rows.iter().zip(d_hidden.chunks_exact(width)) {
+        add(&mut g.d_hidden[at * width..(at + 1) * width], d, 1.0);
     }
+    if let Some(all) = &mut g.d_head {
+        for (&token, d) in tokens.iter().zip(d_head.chunks_exact(width)) {
+            add(&mut all[token as usize * width..(token as usize + 1) * width], d, 1.0);
+        }
+    }
+    loss
 }
 
 /// Later tokens: a few alternatives each, row by row.
@@ -302,15 +234,15 @@ mod tests {
 
     #[test]
     fn loss_and_gradients_are_those_of_the_definition() {
-        let (allowed, batch) = (Allowed::new(Trie::new(&TIDS).unwrap(), 0.0).unwrap(), batch());
+        let (trie, batch) = (Trie::new(&TIDS).unwrap(), batch());
         assert_eq!(batch.targets.len(), 15);
         let (hidden, head) = (numbers(15 * WIDTH, 0.3), numbers(VOCABULARY * WIDTH, 0.7));
         let (mut d_hidden, mut d_head) = (vec![9.0; hidden.len()], vec![0.0; head.len()]);
         let gradients = cross_entropy::Gradients { d_hidden: &mut d_hidden, d_head: Some(&mut d_head), scale: 0.5 };
         let mut logits = Vec::new();
-        let loss = cross_entropy_allowed(&allowed, &batch, &hidden, &head, WIDTH, &mut logits, Some(gradients));
+        let loss = cross_entropy_allowed(&trie, &batch, &hidden, &head, WIDTH, &mut logits, Some(gradients));
         assert!((loss - definition(&batch, &hidden, &head)).abs() < 1e-4);
-        let plain = cross_entropy_allowed(&allowed, &batch, &hidden, &head, WIDTH, &mut logits, None);
+        let plain = cross_entropy_allowed(&trie, &batch, &hidden, &head, WIDTH, &mut logits, None);
         assert_eq!(loss.to_bits(), plain.to_bits());
         let step = 1e-2f32;
         let moved = |values: &[f32], i: usize, by: f32| {
@@ -328,56 +260,6 @@ mod tests {
             let exact = 0.5 * (at(step) - at(-step)) / f64::from(2.0 * step);
             assert!((f64::from(d_head[i]) - exact).abs() < 1e-3, "{i}: {} and {exact}", d_head[i]);
         }
-    }
-
-    #[test]
-    fn whole_tids_add_the_gradients_of_one_softmax_over_all_of_them() {
-        let tids: [&[u32]; 4] = [&[1, 2, 7], &[1, 2, 3], &[4], &[1, 5]];
-        let last = [7usize, 3, 4, 5];
-        let mut batch = Batch::default();
-        batch.push(&[0, 1, 2, 3, 4, 1, 5], 1);
-        batch.push(&[0, 4, 1, 2, 7], 2);
-        // The row before each learned entry, and the entry.
-        let entries = [(0, 1usize), (3, 2), (4, 3), (6, 0)];
-        let (rows, scale, whole) = (batch.targets.len(), 0.5, 0.3);
-        let (hidden, head) = (numbers(rows * WIDTH, 0.3), numbers(VOCABULARY * WIDTH, 0.7));
-        let gradients = |whole: f32| {
-            let allowed = Allowed::new(Trie::new(&tids).unwrap(), whole).unwrap();
-            let (mut d_hidden, mut d_head) = (vec![9.0; hidden.len()], vec![0.0; head.len()]);
-            let gradients = cross_entropy::Gradients { d_hidden: &mut d_hidden, d_head: Some(&mut d_head), scale };
-            let loss = cross_entropy_allowed(&allowed, &batch, &hidden, &head, WIDTH, &mut Vec::new(), Some(gradients));
-            (loss, d_hidden, d_head)
-        };
-        let (with, without) = (gradients(whole), gradients(0.0));
-        assert_eq!(with.0, without.0, "the loss is that of the tokens");
-        let definition = |hidden: &[f32], head: &[f32]| -> f64 {
-            let one = |&(row, entry): &(usize, usize)| {
-                let logit = |token: usize| -> f64 {
-                    let (h, e) = (&hidden[row * WIDTH..], &head[token * WIDTH..]);
-                    h.iter().zip(e).take(WIDTH).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-                };
-                last.iter().map(|&t| logit(t).exp()).sum::<f64>().ln() - logit(last[entry])
-            };
-            entries.iter().map(one).sum::<f64>() * f64::from(scale * whole)
-        };
-        let step = 1e-2f32;
-        let moved = |values: &[f32], i: usize, by: f32| {
-            let mut values = values.to_vec();
-            values[i] += by;
-            values
-        };
-        for i in 0..hidden.len() {
-            let at = |by: f32| definition(&moved(&hidden, i, by), &head);
-            let exact = (at(step) - at(-step)) / f64::from(2.0 * step);
-            assert!((f64::from(with.1[i] - without.1[i]) - exact).abs() < 1e-3, "hidden {i}");
-        }
-        for i in 0..head.len() {
-            let at = |by: f32| definition(&hidden, &moved(&head, i, by));
-            let exact = (at(step) - at(-step)) / f64::from(2.0 * step);
-            assert!((f64::from(with.2[i] - without.2[i]) - exact).abs() < 1e-3, "head {i}");
-        }
-        let same_end = Trie::new(&[[1, 2], [3, 2]]).unwrap();
-        assert!(Allowed::new(same_end, 0.1).is_err_and(|e| e.to_string().contains("end in token 2")));
     }
 
     #[test]

@@ -26,7 +26,6 @@ pub mod store;
 mod workspace;
 
 pub use adamw::{AdamW, AdamWOptions};
-pub use allowed::Allowed;
 pub use batch::{Batch, DropoutRates};
 pub use data::{Corpus, Sample, Source};
 pub use layout::Layout;

@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 
 use super::{
-    allowed::{Allowed, cross_entropy_allowed},
+    allowed::cross_entropy_allowed,
     attention::Heads,
     batch::{Batch, DropoutRates, Mode},
     blocks::{Rotary, apply_dropout, rms_norm, rms_norm_grad, unit_rows},
@@ -19,7 +19,7 @@ use super::{
     matrix::{Threads, matmul, view},
     workspace::Workspace,
 };
-use crate::qwen3::Config;
+use crate::{generate::Trie, qwen3::Config};
 
 /// A Qwen3's weights, adapters beside them if there are any, and the memory to train them.
 pub struct Model {
@@ -30,7 +30,7 @@ pub struct Model {
     pub weights: Vec<f32>,
     adapters: Option<Adapters>,
     recompute: bool,
-    allowed: Option<Allowed>,
+    allowed: Option<Trie>,
     work: Workspace,
 }
 
@@ -55,12 +55,12 @@ impl Model {
     }
 
     /// Takes losses among what this catalogue allows: learned tokens are its entries, one after another.
-    pub fn choose_among(&mut self, allowed: Allowed) {
-        self.allowed = Some(allowed);
+    pub fn choose_among(&mut self, trie: Trie) {
+        self.allowed = Some(trie);
     }
 
     /// The catalogue that losses are taken among.
-    pub fn allowed(&self) -> Option<&Allowed> {
+    pub fn allowed(&self) -> Option<&Trie> {
         self.allowed.as_ref()
     }
 
@@ -151,9 +151,7 @@ impl Model {
         let (h, head) = (self.config.hidden_size, &self.weights[self.layout.head.clone()]);
         let work = &mut self.work;
         match &self.allowed {
-            Some(allowed) => {
-                cross_entropy_allowed(allowed, batch, &work.selected, head, h, &mut work.logits, gradients)
-            }
+            Some(trie) => cross_entropy_allowed(trie, batch, &work.selected, head, h, &mut work.logits, gradients),
             None => {
                 let targets: Vec<u32> = batch.targets.iter().map(|t| t.1).collect();
                 cross_entropy(&work.selected, head, h, &targets, &mut work.logits, gradients)

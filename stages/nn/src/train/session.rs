@@ -13,7 +13,7 @@ use super::{
     data::{Corpus, Place, Sample, pack, pass_seed},
     store::{self, Named, Reader, Stored},
 };
-use crate::Error;
+use crate::{Error, generate::Trie};
 
 /// Settings of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -294,7 +294,7 @@ impl Session {
             "{:?} {:?} {:?} {} trainable, {} samples, {tokens} tokens, weights {weights:?}",
             self.model.config(),
             self.settings,
-            self.model.allowed().map(|allowed| (allowed.trie().entries(), allowed.whole())),
+            self.model.allowed().map(Trie::entries),
             self.gradients.len(),
             self.corpus.samples().count(),
         ))

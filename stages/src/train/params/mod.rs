@@ -75,10 +75,6 @@ pub struct Params {
     /// Among what a word's loss is taken. `allowed` needs `id2meta` and a compact SFT file; rank with the same
     /// `normalize` in `generate`.
     pub normalize: Normalize,
-    /// With `tokens: prefixes` and `normalize: allowed`: the weight of a second loss, in which the next item is told among
-    /// all TIDs at once, before its first token is written. Items are then told from all others, and not only from
-    /// those with the same beginning. The losses of the curve leave it out.
-    pub whole_tids: f32,
     /// From scratch: keeps every embedding at length 1, so that a tied head scores words by cosine, as `sasrec` scores
     /// items. Frequent words are then not favoured for their length.
     pub unit_embeddings: bool,
@@ -130,7 +126,6 @@ impl Default for Params {
             clip: optimizer.clip,
             dropout: 0.0,
             normalize: Normalize::Full,
-            whole_tids: 0.0,
             unit_embeddings: false,
             averaging: 0.0,
             gradient_checkpointing: false,
@@ -286,9 +281,6 @@ impl Params {
             "train_on_prompt",
             "under `normalize: allowed` only TIDs are learned",
         );
-        refuse(!(self.whole_tids >= 0.0 && self.whole_tids.is_finite()), "whole_tids", "must not be negative");
-        let told = self.tokens == TokensChoice::Prefixes && self.normalize == Normalize::Allowed;
-        refuse(self.whole_tids > 0.0 && !told, "whole_tids", "needs `tokens: prefixes` and `normalize: allowed`");
         refuse(new && self.model.is_some(), "model", "`method: scratch` starts from nothing");
         refuse(self.llamafactory.logging_steps == 0, "llamafactory.logging_steps", "must be at least 1");
         issues.extend(self.model.as_ref().and_then(|name| model_folder::issue("model", name)));
