@@ -84,6 +84,19 @@ impl Store {
         })
     }
 
+    /// Whether `root` is a store, or one can be made there.
+    ///
+    /// # Errors
+    /// It holds other things, or cannot be looked into.
+    pub fn check_place(root: &Path) -> Result<()> {
+        let found = foreign(root).map_err(StoreError::while_doing("look into", root))?;
+        // One that somebody else has completed meanwhile holds more than a beginning does.
+        match found.filter(|_| !root.join("VERSION").exists()) {
+            Some(found) => Err(StoreError::Occupied { root: root.to_path_buf(), found }),
+            None => Ok(()),
+        }
+    }
+
     /// The store's folder, absolute.
     pub fn root(&self) -> &Path {
         &self.root
@@ -147,7 +160,6 @@ fn check_version(root: &Path, text: &str) -> Result<()> {
     }
 }
 
-/// VERSION comes last and whole, so that a folder with a VERSION is a store.
 /// What a new store begins with.
 const FOLDERS: [&str; 5] = ["blobs", "actions", "runs", "scratch", "tmp"];
 
@@ -160,7 +172,8 @@ fn foreign(root: &Path) -> io::Result<Option<String>> {
     };
     for entry in entries {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let ours = FOLDERS.contains(&name.as_str()) || ["VERSION", "CACHEDIR.TAG"].contains(&name.as_str());
+        // The root of a disk has a lost+found.
+        let ours = FOLDERS.iter().chain(&["VERSION", "CACHEDIR.TAG", "lost+found"]).any(|known| *known == name);
         if !ours && !name.starts_with(TEMPORARY) {
             return Ok(Some(name));
         }
@@ -168,6 +181,7 @@ fn foreign(root: &Path) -> io::Result<Option<String>> {
     Ok(None)
 }
 
+/// VERSION comes last and whole, so that a folder with a VERSION is a store.
 fn create(root: &Path) -> Result<()> {
     let refused = |source: io::Error| match source.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
@@ -175,9 +189,7 @@ fn create(root: &Path) -> Result<()> {
         }
         _ => StoreError::io("create the store", root, source),
     };
-    if let Some(found) = foreign(root).map_err(refused)? {
-        return Err(StoreError::Occupied { root: root.to_path_buf(), found });
-    }
+    Store::check_place(root)?;
     for folder in FOLDERS {
         fs::create_dir_all(root.join(folder)).map_err(refused)?;
     }
@@ -218,6 +230,7 @@ mod tests {
         fs::write(theirs.join("thesis.tex"), "").unwrap();
         let error = Store::open(&theirs, Access::Write).err().unwrap();
         assert!(matches!(&error, StoreError::Occupied { found, .. } if found == "thesis.tex"), "{error}");
+        assert!(Store::check_place(&theirs).is_err() && Store::check_place(&folder.path().join("new")).is_ok());
         assert!(error.help().unwrap().contains("--store"));
         assert_eq!(fs::read_dir(&theirs).unwrap().count(), 2, "nothing was added");
         let begun = folder.path().join("begun");

@@ -1,5 +1,6 @@
 //! Reading everything again: whether each record can be believed and each blob is what its name says.
 
+use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -126,11 +127,16 @@ impl Store {
         let mut all = true;
         for (_, key) in spoils {
             // Whoever holds it may be about to bring the blob back, and publishes the record anew after that.
-            match self.try_lock_action(key)? {
-                Some(_lock) if !self.path_of(digest).exists() => {
-                    self.remove_record(key)?;
-                }
-                _ => all = false,
+            let Some(_lock) = self.try_lock_action(key)? else {
+                all = false;
+                continue;
+            };
+            let Ok(metadata) = fs::metadata(self.record_path(key)) else { continue };
+            let needs = self.held(key, &metadata)?.is_some_and(|held| held.blobs.contains(digest));
+            if needs && !self.path_of(digest).exists() {
+                self.remove_record(key)?;
+            } else {
+                all = false;
             }
         }
         Ok(all)
@@ -139,7 +145,6 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -166,6 +171,20 @@ mod tests {
         assert_eq!(found, [Finding { flaw, spoils: Vec::new(), forgotten: false }]);
         let after = store.verify(&|_, _| ()).unwrap();
         assert_eq!((after.rows, after.findings.len()), (2, 0));
+    }
+
+    #[test]
+    fn a_record_that_was_published_anew_meanwhile_stays() {
+        let (_dir, store) = store();
+        let stale = record(&store, 1, "before");
+        let fresh = record(&store, 1, "after");
+        assert_eq!(stale.key, fresh.key);
+        store.publish(&fresh).unwrap();
+        let gone = stale.outputs["out"].digest;
+        fs::remove_file(store.path_of(&gone)).unwrap();
+        let spoils = vec![("/s".to_owned(), stale.key)];
+        assert!(!store.forget(&Flaw::Missing { digest: gone }, &spoils).unwrap());
+        assert!(store.has_record(&fresh.key));
     }
 
     #[test]

@@ -145,6 +145,9 @@ fn devices(selection: &Selection, findings: &mut Findings) -> Option<device::Mac
 }
 
 fn store(path: &Path, findings: &mut Findings) {
+    if let Err(error) = Store::check_place(path) {
+        return findings.wrong("store", error.to_string(), error.help());
+    }
     if !path.join("VERSION").exists() {
         return findings.ok("store", format!("{}: none yet, `grlm run` makes it", path.display()));
     }

@@ -53,12 +53,24 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         return Err(CliError::message(Code::Pipeline, "this pipeline has no results to keep", Some(help)));
     }
     let missing = plan.len() - keys.len().min(plan.len());
+    let before = store.pins()?.into_iter().find(|pin| pin.name == *name);
     let pin = store.pin(name, &work.title(0), keys)?;
-    println!("`{name}` keeps {} results of {}", pin.actions.len(), pin.of);
+    println!("`{name}` keeps {} of {}", results(pin.actions.len()), pin.of);
+    if let Some(before) = before.filter(|before| !before.actions.is_subset(&pin.actions)) {
+        eprintln!(
+            "it kept {} of {} before; what is not among the new ones is let go",
+            results(before.actions.len()),
+            before.of
+        );
+    }
     if missing > 0 {
         eprintln!("{missing} stages are not up to date, so they are not kept");
     }
     Ok(Code::Ok)
+}
+
+fn results(number: usize) -> String {
+    if number == 1 { "1 result".to_owned() } else { format!("{number} results") }
 }
 
 pub fn unpin(args: &UnpinArgs, global: &Global) -> Result<Code, CliError> {

@@ -82,6 +82,7 @@ pub fn store_for_reading(global: &Global) -> Result<(Store, Option<tempfile::Tem
         let store = Store::open(&global.store, Access::Write).or_else(|_| Store::open(&global.store, Access::Read))?;
         return Ok((store, None));
     }
+    Store::check_place(&global.store)?;
     let folder = tempfile::tempdir()
         .map_err(|e| CliError::message(Code::Internal, format!("cannot make a temporary folder: {e}"), None))?;
     Ok((Store::open(folder.path(), Access::Write)?, Some(folder)))
@@ -132,7 +133,7 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
                         });
                     }
                     Ok(None) => {}
-                    Err(error) => line["rows"] = json!({ "error": error }),
+                    Err(untold) => line["rows"] = json!({ "error": untold.to_string(), "help": untold.help() }),
                 }
                 line
             })
@@ -147,7 +148,10 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
             let rows = match rows {
                 Ok(None) => continue,
                 Ok(Some(rows)) => in_words(rows),
-                Err(error) => format!("its rows cannot be told: {error}"),
+                Err(untold) => {
+                    let help = untold.help().map(|help| format!(" ({help})")).unwrap_or_default();
+                    format!("its rows cannot be told: {untold}{help}")
+                }
             };
             println!("{:<7} {:<width$}  {rows}", "", "");
         }

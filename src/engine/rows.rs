@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use grlm_cache::{Digest, Store};
-use grlm_stages::{Resources, StageContext, StopFlag};
+use grlm_cache::{Digest, Store, StoreError};
+use grlm_stages::{Resources, StageContext, StageError, StopFlag};
 
 use super::{
     decide::Action,
@@ -29,28 +29,39 @@ pub struct RowsForeseen {
 /// The metric by which a worker tells what a row took, in seconds on one device.
 pub const SECONDS_PER_ROW: &str = "rows.seconds_per_row";
 
+/// Why the rows of a stage cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum Untold {
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot make a temporary folder: {0}")]
+    Folder(#[from] std::io::Error),
+}
+
+impl Untold {
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Untold::Stage(error) => error.help_text().map(str::to_owned),
+            Untold::Store(error) => error.help(),
+            Untold::Folder(_) => None,
+        }
+    }
+}
+
 /// Looks the stage's rows up; `None` for what is no row stage. Its inputs are all known. `a_row` is what a row of it
 /// takes, in seconds on one device.
 ///
 /// # Errors
-/// Why they cannot be told, in words: the run would fail for the same reason.
+/// They cannot be told; for most reasons the run would fail too.
 pub fn foresee(
     store: &Store,
     stage: &Stage,
     node: &Node,
     action: &Action,
     a_row: Option<f64>,
-) -> Result<Option<RowsForeseen>, String> {
-    look_up(store, stage, node, action, a_row).map_err(|error| error.to_string())
-}
-
-fn look_up(
-    store: &Store,
-    stage: &Stage,
-    node: &Node,
-    action: &Action,
-    a_row: Option<f64>,
-) -> Result<Option<RowsForeseen>, Box<dyn std::error::Error>> {
+) -> Result<Option<RowsForeseen>, Untold> {
     let folder = tempfile::tempdir()?;
     let mut inputs = BTreeMap::new();
     for (port, source) in &node.sources {

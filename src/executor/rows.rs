@@ -72,12 +72,15 @@ impl RowMemo for StoreRows {
             let help = "what was computed since is not kept; run again";
             return Err(StageError::input(&broken.path, "it changed while the stage ran").help(help));
         }
-        let failures: Vec<Option<String>> =
-            results.iter().map(|(_, result)| result.as_ref().err().map(ToString::to_string)).collect();
+        // The store keeps texts: a failure with the name of its row.
+        let failures: Vec<String> = results
+            .iter()
+            .map(|(_, result)| result.as_ref().err().map_or_else(String::new, ToString::to_string))
+            .collect();
         let rows = results.iter().zip(&failures).map(|((key, result), failure)| {
             let row = match result {
                 Ok(bytes) => RowRef::Result(bytes),
-                Err(_) => RowRef::Failure(failure.as_deref().unwrap_or_default()),
+                Err(_) => RowRef::Failure(failure),
             };
             (Digest::from_bytes(*key.as_bytes()), row)
         });

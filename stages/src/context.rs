@@ -263,10 +263,9 @@ impl StageContext {
             _ => self.devices.clone(),
         };
         let (each, more) = (self.threads / devices.len(), self.threads % devices.len());
-        let notes = Notes::default();
         let row_device = |(number, device)| {
             let threads = (each + usize::from(number < more)).max(1);
-            RowDevice { number, device, threads, stop: self.stop.clone(), notes: notes.clone() }
+            RowDevice { number, device, threads, stop: self.stop.clone(), notes: Notes::default() }
         };
         devices.into_iter().enumerate().map(row_device).collect()
     }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader, BufWriter, Write},
+    io::{BufRead, BufReader, BufWriter, ErrorKind, Write},
     path::{Path, PathBuf},
 };
 
@@ -41,6 +41,10 @@ pub fn lines<T: DeserializeOwned>(
                         StageError::input_at(&owned, number, format!("not a valid record: {}", reason(&e)))
                     }));
                 }
+                Err(e) if e.kind() == ErrorKind::InvalidData => {
+                    let error = StageError::input_at(&owned, number, "the line is not UTF-8");
+                    return Some(Err(error.help("save the file as UTF-8")));
+                }
                 Err(e) => return Some(Err(StageError::io("read", &owned, e))),
             }
         }
@@ -52,7 +56,8 @@ fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
     match text.strip_suffix(&place) {
-        Some(what) => format!("{what} (column {})", error.column()),
+        Some(what) if error.column() > 0 => format!("{what} (column {})", error.column()),
+        Some(what) => what.to_owned(),
         None => text,
     }
 }
@@ -104,4 +109,23 @@ pub fn write<T: Serialize>(path: &Path, records: impl IntoIterator<Item = T>) ->
         writer.write(&record)?;
     }
     writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_line_is_told_with_its_number_and_what_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("items.jsonl");
+        let told = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            read::<serde_json::Map<String, serde_json::Value>>(&path).unwrap_err().to_string()
+        };
+        let told = |bytes: &[u8]| told(bytes).split("items.jsonl").last().unwrap().to_owned();
+        assert_eq!(told(b"{}\n\n{\"a\": x}\n"), ":3: not a valid record: expected value (column 7)");
+        assert_eq!(told(b"{\"a\": \n"), ":1: not a valid record: EOF while parsing a value");
+        assert_eq!(told(b"{}\n{\"a\": \"caf\xe9\"}\n"), ":2: the line is not UTF-8");
+    }
 }

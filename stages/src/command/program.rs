@@ -30,9 +30,9 @@ const THREADS: [&str; 4] = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THR
 const BROKEN: u32 = 3;
 /// A line that is shown in an error.
 const SHOWN: usize = 120;
-/// A streaming program that says nothing for so long is asked about. Well above what a model needs for an answer, or
-/// to be loaded; a reminder costs nothing.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// A streaming program that says nothing for so long is asked about. One that loads a large model is asked in vain, which
+/// costs it a line.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) struct Program<'a> {
     run: &'a str,
@@ -109,7 +109,7 @@ impl<'a> Program<'a> {
 
     /// Gives the program these rows, or the first of them alone.
     fn ask(&mut self, rows: &[usize]) -> io::Result<()> {
-        let asked = if self.alone { &rows[..1] } else { rows };
+        let asked = if std::mem::take(&mut self.alone) { &rows[..1] } else { rows };
         self.asked = asked.iter().map(|&row| (self.list[row].id.to_string(), row)).collect();
         self.open = asked.iter().copied().collect();
         let mut lines = String::new();
@@ -133,8 +133,8 @@ impl<'a> Program<'a> {
     }
 
     /// The program's next lines, and how it ended, if it did.
-    fn hear(&mut self) -> io::Result<(Vec<String>, Option<ExitStatus>)> {
-        let Some(talk) = self.talk.take() else { return self.work_on_files() };
+    fn hear(&mut self) -> io::Result<(Vec<Vec<u8>>, Option<ExitStatus>)> {
+        let Some(mut talk) = self.talk.take() else { return self.work_on_files() };
         let streams = self.block.pass == Pass::Stream;
         let wanted = if streams { self.open.len() } else { usize::MAX };
         let heard = talk.hear(wanted, &self.device.stop, PATIENCE, |time| {
@@ -143,7 +143,7 @@ impl<'a> Program<'a> {
             }
         });
         if heard.ended {
-            let status = talk.end()?;
+            let status = talk.end(&self.device.stop)?;
             return Ok((whole(heard.lines, status), Some(status)));
         }
         self.talk = Some(talk);
@@ -161,7 +161,7 @@ impl<'a> Program<'a> {
         )
     }
 
-    fn work_on_files(&self) -> io::Result<(Vec<String>, Option<ExitStatus>)> {
+    fn work_on_files(&self) -> io::Result<(Vec<Vec<u8>>, Option<ExitStatus>)> {
         let (rows, answers) = (self.folder.join("rows.jsonl"), self.folder.join("answers.jsonl"));
         let _ = fs::remove_file(&answers);
         let mut command = self.command();
@@ -171,14 +171,14 @@ impl<'a> Program<'a> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             text => text?,
         };
-        let text = String::from_utf8_lossy(&text);
-        Ok((whole(text.split_inclusive('\n').map(str::to_owned).collect(), status), Some(status)))
+        let lines = text.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+        Ok((whole(lines, status), Some(status)))
     }
 
     /// Reads answers, up to the first line that is none.
-    fn take(&mut self, lines: &[String], given: &mut Given) -> Result<(), StageError> {
-        for line in lines.iter().map(|line| line.trim()).filter(|line| !line.is_empty()) {
-            let shown: String = line.chars().take(SHOWN).collect();
+    fn take(&mut self, lines: &[Vec<u8>], given: &mut Given) -> Result<(), StageError> {
+        for line in lines.iter().map(|line| line.trim_ascii()).filter(|line| !line.is_empty()) {
+            let shown: String = String::from_utf8_lossy(line).chars().take(SHOWN).collect();
             let wrong = |what: &str| {
                 let help = match self.block.pass {
                     Pass::Files => {
@@ -192,9 +192,18 @@ impl<'a> Program<'a> {
                 StageError::Command { message: format!("{what}: {shown}"), help: Some(help.into()) }
             };
             let mut answer: Map<String, Value> =
-                serde_json::from_str(line).map_err(|_| wrong("the program wrote a line that is no JSON object"))?;
+                serde_json::from_slice(line).map_err(|_| wrong("the program wrote a line that is no JSON object"))?;
             let id = answer.shift_remove(&self.block.id).ok_or_else(|| wrong("an answer has no id"))?;
-            let row = *self.asked.get(&id.to_string()).ok_or_else(|| wrong("an answer to a row that was not asked"))?;
+            let row = self.asked.get(&id.to_string()).copied().ok_or_else(|| {
+                let other = match &id {
+                    Value::String(text) => text.clone(),
+                    other => Value::String(other.to_string()).to_string(),
+                };
+                wrong(match self.asked.contains_key(&other) {
+                    true => "an answer whose id is a text where the row's is a number, or the reverse",
+                    false => "an answer to a row that was not asked",
+                })
+            })?;
             if !self.open.remove(&row) {
                 return Err(wrong("a second answer to one row"));
             }
@@ -203,7 +212,7 @@ impl<'a> Program<'a> {
                 Some(Value::String(message)) => self.failed(row, message),
                 Some(other) => self.failed(row, &other.to_string()),
             });
-            (self.answered, self.bad_ends) = (true, 0);
+            self.answered = true;
         }
         Ok(())
     }
@@ -217,14 +226,13 @@ impl<'a> Program<'a> {
         let rest = std::mem::take(&mut self.open);
         if status.success() {
             given.extend(rest.into_iter().map(|row| self.failed(row, "the program gave no answer")));
-            self.alone = false;
             return Ok(());
         }
         let error = failure(status);
         if matches!(error, StageError::Killed { .. }) {
             return Err(error);
         }
-        if given.is_empty() && !self.answered {
+        if !self.answered {
             self.bad_ends += 1;
             if self.bad_ends >= BROKEN {
                 return Err(error);
@@ -240,6 +248,7 @@ impl<'a> Program<'a> {
     fn answers(&mut self, rows: &[usize], given: &mut Given) -> Result<(), StageError> {
         let failed = |e| StageError::io("run", "sh", e);
         loop {
+            // One that was started for its batch alone is heard to its end before the next is.
             if self.open.is_empty() && (self.talk.is_none() || self.block.pass == Pass::Stream) {
                 self.ask(rows).map_err(failed)?;
             }
@@ -248,11 +257,8 @@ impl<'a> Program<'a> {
             if self.device.stop.is_set() {
                 return Err(StageError::Stopped);
             }
-            match status {
-                Some(status) => self.ended(status, given)?,
-                // One that was started for this batch is gone before the next begins.
-                None if self.open.is_empty() && self.block.pass == Pass::Stdin => continue,
-                None => {}
+            if let Some(status) = status {
+                self.ended(status, given)?;
             }
             if !given.is_empty() {
                 return Ok(());
@@ -262,8 +268,8 @@ impl<'a> Program<'a> {
 }
 
 /// Lines without the one that was cut off by a bad end.
-fn whole(mut lines: Vec<String>, status: ExitStatus) -> Vec<String> {
-    if !status.success() && lines.last().is_some_and(|line| !line.ends_with('\n')) {
+fn whole(mut lines: Vec<Vec<u8>>, status: ExitStatus) -> Vec<Vec<u8>> {
+    if !status.success() && lines.last().is_some_and(|line| !line.ends_with(b"\n")) {
         lines.pop();
     }
     lines
@@ -290,7 +296,7 @@ impl Drop for Program<'_> {
             // It would work on for nothing.
             Some(talk) if self.device.stop.is_set() || !self.open.is_empty() => talk.kill(),
             // The end of its input is the program's sign to end.
-            Some(talk) => drop(talk.end()),
+            Some(talk) => drop(talk.end(&self.device.stop)),
             None => {}
         }
         let _ = fs::remove_dir_all(&self.folder);

@@ -240,6 +240,9 @@ pub(super) fn run(params: &Params, block: &RowParams, cx: &mut StageContext) -> 
     let (list, job) = read(params, block, cx)?;
     let threads = cx.threads();
     let scratch = cx.scratch().to_owned();
+    if list.is_empty() {
+        cx.warn("the input has no rows");
+    }
     let done = rows::run(cx, &job, |device| Program::new(&params.run, block, &list, device, threads, &scratch))?;
     if done.failures().count() == list.len() && !list.is_empty() {
         cx.warn("every row failed: there are no answers");

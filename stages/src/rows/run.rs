@@ -301,6 +301,7 @@ impl<'a> Workshop<'a> {
         M: Fn(RowDevice) -> Result<F, StageError>,
     {
         let mut freed_for_one = false;
+        let piece = Instant::now();
         while !left.is_empty() {
             let take = hand.limit.min(left.len());
             let rows: Vec<usize> = left[..take].iter().map(|&row| self.first[row as usize]).collect();
@@ -335,7 +336,7 @@ impl<'a> Workshop<'a> {
             let gone: HashSet<u32> = done.iter().copied().collect();
             left.retain(|row| !gone.contains(row));
             let mut share = self.lock();
-            share.worked(time);
+            share.worked(time, piece.elapsed());
             done.into_iter().zip(results).for_each(|(row, result)| share.computed(row, result));
             drop(share);
             self.changed.notify_all();

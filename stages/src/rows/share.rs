@@ -153,10 +153,10 @@ impl Share {
         self.results[index] = Some(result);
     }
 
-    /// Takes note of how long a piece took.
-    pub fn worked(&mut self, time: Duration) {
+    /// Takes note of device time, and of how long the piece that it belongs to has taken so far.
+    pub fn worked(&mut self, time: Duration, piece: Duration) {
         self.busy += time;
-        self.slowest = self.slowest.max(time);
+        self.slowest = self.slowest.max(piece);
     }
 
     /// Device-seconds that a computed row took.

@@ -34,9 +34,7 @@ impl ArrayWriter {
     /// # Errors
     /// The disk is full, or the like.
     pub fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> Result<(), StageError> {
-        self.buffer.push(if self.elements == 0 { b'[' } else { b',' });
-        python_json::write_break(&mut self.buffer, 1);
-        write(&mut self.buffer);
+        push_element(&mut self.buffer, if self.elements == 0 { b'[' } else { b',' }, write);
         self.elements += 1;
         if self.buffer.len() >= CHUNK { self.flush() } else { Ok(()) }
     }
@@ -45,7 +43,7 @@ impl ArrayWriter {
     ///
     /// # Errors
     /// The disk is full, or the like.
-    pub fn append(&mut self, elements: &mut Elements) -> Result<(), StageError> {
+    pub fn append(&mut self, mut elements: Elements) -> Result<(), StageError> {
         if let Some(separator) = elements.bytes.first_mut().filter(|_| self.elements == 0) {
             *separator = b'[';
         }
@@ -86,11 +84,15 @@ pub struct Elements {
 impl Elements {
     /// Adds the element that `write` appends to the buffer, at nesting level 1.
     pub fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
-        self.bytes.push(b',');
-        python_json::write_break(&mut self.bytes, 1);
-        write(&mut self.bytes);
+        push_element(&mut self.bytes, b',', write);
         self.count += 1;
     }
+}
+
+fn push_element(out: &mut Vec<u8>, separator: u8, write: impl FnOnce(&mut Vec<u8>)) {
+    out.push(separator);
+    python_json::write_break(out, 1);
+    write(out);
 }
 
 /// Text escaped for the inside of a JSON string.
@@ -171,6 +173,38 @@ pub fn push_sample<'i, 'o>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn elements_put_together_elsewhere_are_written_as_those_pushed() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = |name: &str, write: &dyn Fn(&mut ArrayWriter)| {
+            let path = folder.path().join(name);
+            let mut writer = ArrayWriter::create(&path).unwrap();
+            write(&mut writer);
+            let count = writer.finish().unwrap();
+            (count, std::fs::read_to_string(path).unwrap())
+        };
+        let elements = |numbers: &[u8]| {
+            let mut elements = Elements::default();
+            numbers.iter().for_each(|number| elements.push(|out| out.push(*number)));
+            elements
+        };
+        let pushed =
+            written("pushed", &|writer| b"12345".iter().for_each(|n| writer.push(|out| out.push(*n)).unwrap()));
+        assert_eq!(pushed, (5, "[\n  1,\n  2,\n  3,\n  4,\n  5\n]".to_owned()));
+        for parts in [[&b""[..], b"12", b"345"], [b"12", b"", b"345"], [b"12345", b"", b""]] {
+            let all = |writer: &mut ArrayWriter| parts.iter().for_each(|part| writer.append(elements(part)).unwrap());
+            assert_eq!(written("appended", &all), pushed);
+        }
+        let mixed = |writer: &mut ArrayWriter| {
+            writer.append(elements(b"1")).unwrap();
+            writer.push(|out| out.push(b'2')).unwrap();
+            writer.append(elements(b"34")).unwrap();
+            writer.push(|out| out.push(b'5')).unwrap();
+        };
+        assert_eq!(written("mixed", &mixed), pushed);
+        assert_eq!(written("none", &|writer| writer.append(elements(b"")).unwrap()), (0, "[]".to_owned()));
+    }
 
     #[test]
     fn a_template_escaped_once_gives_what_rendering_and_escaping_give() {

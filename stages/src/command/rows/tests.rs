@@ -154,6 +154,39 @@ fn a_row_that_ends_the_program_fails_alone_and_a_broken_program_fails_the_stage(
 }
 
 #[test]
+fn a_line_that_a_bad_end_cut_off_is_that_rows_fault() {
+    let run = "while IFS= read -r line; do case $line in *blue*) printf '{\"id\":\"b\",\"wo'; exit 1;; esac; echo \"$line\"; done";
+    for (pass, batch) in [("stdin", 1), ("stdin", 3), ("stream", 1), ("stream", 3)] {
+        let rows = json!({"pass": pass, "batch": batch, "max_failed_rows": 1});
+        let ran = Desk::new().run(run, rows, ITEMS, 0).unwrap();
+        assert_eq!(
+            ran.lines("failed"),
+            [json!({"id": "b", "error": "the command ended with status 1"})],
+            "{pass} {batch}"
+        );
+        assert_eq!(ran.lines("out").len(), 2);
+    }
+}
+
+#[test]
+fn only_the_row_that_ended_a_program_is_tried_alone() {
+    let desk = Desk::new();
+    let items: String = (0..12).map(|n| format!("{{\"id\":{n}}}\n")).collect();
+    // Ends the first time that it sees row 2, and from then on answers everything; each start notes itself.
+    let (died, log) = (desk.folder.path().join("died"), desk.log());
+    let run = format!(
+        "echo start >> {log}; while IFS= read -r line; do case $line in *:2}}) if [ ! -e {died} ]; then touch {died}; exit 1; \
+         fi;; esac; echo \"$line\"; done",
+        log = log.display(),
+        died = died.display()
+    );
+    let ran = desk.run(&run, json!({"batch": 4}), &items, 0).unwrap();
+    assert_eq!(ran.lines("out").len(), 12);
+    // The batch that it died in, row 2 alone, the row after it, and two batches more.
+    assert_eq!(fs::read_to_string(log).unwrap().lines().count(), 5);
+}
+
+#[test]
 fn answers_before_a_wrong_one_are_kept() {
     for pass in ["stdin", "stream", "files"] {
         let desk = Desk::new();
@@ -180,11 +213,20 @@ fn answers_that_are_none_are_refused() {
         ("echo hello", "no JSON object: hello"),
         (r#"echo '{"words": 1}'"#, "has no id"),
         (r#"echo '{"id": "z"}'"#, "not asked"),
+        (r#"sed 's/"id":"a"/"id":7/'"#, "not asked"),
         (r#"cat; echo '{"id": "a"}'"#, "second answer"),
     ] {
         let error = Desk::new().run(run, json!({}), ITEMS, 0).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
         assert!(error.help_text().unwrap().contains("standard error"));
+    }
+}
+
+#[test]
+fn an_answer_keeps_the_type_of_its_rows_id() {
+    for (items, run) in [("{\"id\":7}\n", r#"echo '{"id":"7"}'"#), ("{\"id\":\"7\"}\n", r#"echo '{"id":7}'"#)] {
+        let error = Desk::new().run(run, json!({}), items, 0).unwrap_err();
+        assert!(error.to_string().contains("whose id is a text where the row's is a number"), "{error}");
     }
 }
 

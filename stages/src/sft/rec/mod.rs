@@ -233,13 +233,16 @@ mod tests {
 
     #[test]
     fn held_out_lines_are_what_their_type_writes() {
-        let ran = run("\"u\\\u{1}é\u{7f} 1 2 3 4\nv 5 6 7\n", json!({})).unwrap();
+        let odd = id2meta().replace("\"3\"", "\"3\\\"\\u0001\"").replace("Books", "B\\\"\\u0002ö");
+        let sequences = "\"u\\\u{1}é\u{7f} 1 2 3\"\u{1} 4\nv 5 6 7\n";
+        let ran = Bench::new().input("id2meta", odd).input("sequences", sequences).run("sft_rec", json!({})).unwrap();
         let lines: Vec<String> = ran.text("holdout").lines().map(str::to_owned).collect();
         assert_eq!(lines.len(), 2);
         for line in lines {
             let held: crate::artifact::Holdout = serde_json::from_str(&line).unwrap();
             assert_eq!(serde_json::to_string(&held).unwrap(), line);
         }
+        assert!(ran.text("holdout").contains("B\\\"\\u0002ö"), "{}", ran.text("holdout"));
     }
 
     #[test]

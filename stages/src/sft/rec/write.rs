@@ -159,16 +159,16 @@ pub fn records(
     // A chunk is written while the next is rendered.
     let mut ready = Elements::default();
     for chunk in users.kept.chunks(CHUNK) {
-        let next = || {
+        let render_next = || {
             let mut elements = Elements::default();
             chunk.iter().for_each(|user| elements.push(|out| render(out, user)));
             elements
         };
-        let (written, next) = rayon::join(|| writer.append(&mut ready), next);
+        let (written, next) = rayon::join(|| writer.append(ready), render_next);
         written?;
         ready = next;
     }
-    writer.append(&mut ready)?;
+    writer.append(ready)?;
     writer.finish().map(|_| ())
 }
 
