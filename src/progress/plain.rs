@@ -21,16 +21,22 @@ pub struct Plain {
 pub(super) struct Pace {
     began: Instant,
     at_first: Option<u64>,
+    last: u64,
 }
 
 impl Pace {
     /// Of a stage that starts now.
     pub fn new() -> Self {
-        Self { began: Instant::now(), at_first: None }
+        Self { began: Instant::now(), at_first: None, last: 0 }
     }
 
     /// `120/500 items, 40.0/s, 10 s left`. A `total` of 0 is not known.
     pub fn how_far(&mut self, done: u64, total: u64, unit: &str) -> String {
+        if done < self.last {
+            // Another part of the work, counted anew: a model that is trained a second time.
+            *self = Self { at_first: Some(0), ..Self::new() };
+        }
+        self.last = done;
         let at_first = *self.at_first.get_or_insert(if done > 1 { done } else { 0 });
         how_far(done, total, unit, done.saturating_sub(at_first), self.began.elapsed())
     }
@@ -145,5 +151,13 @@ mod tests {
         assert_eq!(how_far(3 << 20, 6 << 20, "byte", 3 << 20, after(3)), "3.0 MiB/6.0 MiB, 1.0 MiB/s, 3.0 s left");
         assert_eq!(how_far(7, 0, "row", 7, after(7)), "7 rows, 1.0/s");
         assert_eq!(how_far(2900, 3000, "row", 50, after(5)), "2900/3000 rows, 10.0/s, 10 s left", "2850 were known");
+    }
+
+    #[test]
+    fn work_that_is_counted_anew_has_its_own_speed() {
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(1000)).unwrap();
+        let mut pace = Pace { began: long_ago, at_first: Some(0), last: 3520 };
+        let text = pace.how_far(10, 3520, "step");
+        assert!(pace.began > long_ago && !text.contains(" 0.0/s"), "{text}");
     }
 }

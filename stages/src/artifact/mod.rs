@@ -16,7 +16,7 @@
 //! | `rankings` | JSON Lines `{user, split, target, items: [id], scores: [f32], texts?}`, best first |
 //! | `metrics` | one object: model → `{"recall@5": …, users, by_group, by_domain}` |
 //! | `per_user` | JSON Lines `{user, model, rank or null, group?, domain?}` |
-//! | `curve` | JSON Lines `{step, epoch, loss?, lr?, valid_loss?, metric?, tokens_per_s?}` |
+//! | `curve` | JSON Lines `{step, epoch, loss?, lr?, valid_loss?, metric?}` |
 
 use std::fmt;
 

@@ -137,7 +137,6 @@ impl Stage for Train {
             lr: Some(p.learning_rate),
             valid_loss: p.valid_loss,
             metric: p.metric,
-            tokens_per_s: p.tokens_per_s,
         });
         jsonl::write(cx.output("curve")?, points)?;
         let facts = facts(params, &session, counts.facts());

@@ -154,7 +154,7 @@ fn a_compact_model_from_scratch_learns_the_next_item() {
     let curve = ran.lines("curve");
     assert_eq!(curve.len(), 30, "a look at every epoch");
     assert!(curve[0]["valid_loss"].as_f64() > curve[29]["valid_loss"].as_f64());
-    assert!(curve.iter().all(|p| p["tokens_per_s"].as_f64() > Some(0.0) && p["lr"].as_f64().is_some()));
+    assert!(curve.iter().all(|p| p.get("tokens_per_s").is_none() && p["lr"].as_f64().is_some()));
     for file in ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"] {
         assert!(folder.join(file).exists(), "{file}");
     }
