@@ -8,6 +8,7 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
+use super::text;
 use crate::StageError;
 
 /// Reads a JSON Lines file; blank lines are passed over.
@@ -41,10 +42,7 @@ pub fn lines<T: DeserializeOwned>(
                         StageError::input_at(&owned, number, format!("not a valid record: {}", reason(&e)))
                     }));
                 }
-                Err(e) if e.kind() == ErrorKind::InvalidData => {
-                    let error = StageError::input_at(&owned, number, "the line is not UTF-8");
-                    return Some(Err(error.help("save the file as UTF-8")));
-                }
+                Err(e) if e.kind() == ErrorKind::InvalidData => return Some(Err(text::not_utf8(&owned, number))),
                 Err(e) => return Some(Err(StageError::io("read", &owned, e))),
             }
         }
@@ -126,6 +124,6 @@ mod tests {
         let told = |bytes: &[u8]| told(bytes).split("items.jsonl").last().unwrap().to_owned();
         assert_eq!(told(b"{}\n\n{\"a\": x}\n"), ":3: not a valid record: expected value (column 7)");
         assert_eq!(told(b"{\"a\": \n"), ":1: not a valid record: EOF while parsing a value");
-        assert_eq!(told(b"{}\n{\"a\": \"caf\xe9\"}\n"), ":2: the line is not UTF-8");
+        assert_eq!(told(b"{}\n{\"a\": \"caf\xe9\"}\n"), ":2: not UTF-8 text");
     }
 }

@@ -12,8 +12,13 @@ pub fn read(path: &Path) -> Result<String, StageError> {
     let bytes = fs::read(path).map_err(|e| open_error(path, e))?;
     String::from_utf8(bytes).map_err(|e| {
         let before = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        StageError::input_at(path, line_of(before), "not UTF-8 text").help("convert the file, for example with `iconv`")
+        not_utf8(path, line_of(before))
     })
+}
+
+/// The error for a line that is not UTF-8.
+pub fn not_utf8(path: &Path, line: u64) -> StageError {
+    StageError::input_at(path, line, "not UTF-8 text").help("convert the file, for example with `iconv`")
 }
 
 /// The error for a file that cannot be opened: a missing input is the user's to mend, anything else the system's.
