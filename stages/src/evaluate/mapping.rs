@@ -7,8 +7,8 @@
 //! that was touched first. Scores are sums of doubles taken in that very order, because a tie may hang on the last
 //! bit. Lists shorter than wanted are filled with the fuzzy best of every query.
 //!
-//! The scan over the vocabulary is replaced by a trigram index (words that contain a query word) and a look-up of
-//! the query word's own substrings (words contained in it); both are kept per distinct query word, and the best TID
+//! The scan over the vocabulary is replaced by an index of byte pairs (words that contain a query word) and a look-up
+//! of the query word's own substrings (words contained in it); both are kept per distinct query word, and the best TID
 //! per distinct query. Reading the texts is left to the caller.
 
 use rustc_hash::FxHashMap;
@@ -27,18 +27,32 @@ pub struct TextMapper {
     /// Distinct words, stripped and lower-cased, in order of first appearance.
     vocabulary: Vec<String>,
     word_index: FxHashMap<String, WordIndex>,
-    longest_word: usize,
     /// TIDs that hold a word, once per occurrence: `postings[starts[w]..starts[w + 1]]`.
     postings: Vec<TidIndex>,
     starts: Vec<usize>,
-    /// Words by the trigrams of their bytes, ascending.
-    trigrams: FxHashMap<[u8; 3], Vec<WordIndex>>,
+    pairs: BytePairs,
+}
+
+/// Where in which words two bytes follow each other.
+struct BytePairs {
+    /// Words, ascending, and the pair's place in them: `places[starts[p]..starts[p + 1]]` for the pair `p`.
+    places: Vec<(WordIndex, u32)>,
+    starts: Vec<u32>,
+    /// Length in bytes of the longest word that begins with the pair; 0 without one.
+    longest: Vec<u32>,
+}
+
+/// A TID, once per occurrence of a word that resembles the query's word, and whether the two are equal.
+#[derive(Clone, Copy)]
+struct Match {
+    tid: TidIndex,
+    equal: bool,
 }
 
 /// What one thread remembers between queries.
 #[derive(Default)]
 pub struct Memory {
-    matches: FxHashMap<String, Vec<(WordIndex, f64)>>,
+    matches: FxHashMap<String, Vec<Match>>,
     best: FxHashMap<String, Option<TidIndex>>,
     scores: Vec<f64>,
     touched: Vec<TidIndex>,
@@ -68,24 +82,14 @@ impl TextMapper {
             *end += tids.len();
             Some(*end)
         }));
-        let mut trigrams: FxHashMap<[u8; 3], Vec<WordIndex>> = FxHashMap::default();
-        for (index, word) in (0..).zip(&vocabulary) {
-            for gram in grams(word) {
-                let words = trigrams.entry(gram).or_default();
-                if words.last() != Some(&index) {
-                    words.push(index);
-                }
-            }
-        }
         Self {
             items,
             exact,
-            longest_word: vocabulary.iter().map(String::len).max().unwrap_or(0),
+            pairs: BytePairs::new(&vocabulary),
             vocabulary,
             word_index,
             postings: holders.concat(),
             starts,
-            trigrams,
         }
     }
 
@@ -140,26 +144,24 @@ impl TextMapper {
     fn best_tid(&self, query: &str, memory: &mut Memory) -> Option<TidIndex> {
         let Memory { matches, scores, touched, .. } = memory;
         scores.resize(self.items.len(), 0.0);
-        touched.clear();
+        // Every add writes its TID behind the last one, and only a first add keeps it there: no branch to mispredict.
+        touched.resize(self.items.len() + 1, 0);
+        let mut count = 0;
         for (place, word) in query.split(", ").enumerate() {
             let weight = 1.0 / (place + 1) as f64;
+            let score = [0.8 * weight, weight];
             if !matches.contains_key(word) {
-                matches.insert(word.to_owned(), self.matching_words(word));
+                matches.insert(word.to_owned(), self.matches(word));
             }
-            for &(index, resemblance) in &matches[word] {
-                let score = resemblance * weight;
-                let index = index as usize;
-                for &tid in &self.postings[self.starts[index]..self.starts[index + 1]] {
-                    let sum = &mut scores[tid as usize];
-                    if *sum == 0.0 {
-                        touched.push(tid);
-                    }
-                    *sum += score;
-                }
+            for &Match { tid, equal } in &matches[word] {
+                let sum = &mut scores[tid as usize];
+                touched[count] = tid;
+                count += usize::from(*sum == 0.0);
+                *sum += score[usize::from(equal)];
             }
         }
         let mut best: Option<(TidIndex, f64)> = None;
-        for &tid in touched.iter() {
+        for &tid in &touched[..count] {
             let score = std::mem::take(&mut scores[tid as usize]);
             if best.is_none_or(|(_, highest)| score > highest) {
                 best = Some((tid, score));
@@ -168,33 +170,82 @@ impl TextMapper {
         best.map(|(tid, _)| tid)
     }
 
-    /// Vocabulary words that equal `word` (1.0), contain it or are contained in it (0.8), in vocabulary order.
-    fn matching_words(&self, word: &str) -> Vec<(WordIndex, f64)> {
-        let contains = |index: &WordIndex| self.vocabulary[*index as usize].contains(word);
-        let mut found: Vec<WordIndex> = match grams(word).map(|gram| self.trigrams.get(&gram)).min_by_key(length) {
-            Some(rarest) => rarest.into_iter().flatten().copied().filter(contains).collect(),
-            None => (0..self.vocabulary.len() as WordIndex).filter(contains).collect(),
-        };
-        for start in (0..=word.len()).filter(|&i| word.is_char_boundary(i)) {
-            let last = word.len().min(start + self.longest_word);
-            for end in (start..=last).filter(|&i| word.is_char_boundary(i)) {
-                found.extend(self.word_index.get(&word[start..end]));
-            }
-        }
+    /// The TIDs of all vocabulary words that equal `word`, contain it or are contained in it, in vocabulary order.
+    fn matches(&self, word: &str) -> Vec<Match> {
+        let mut found = self.containing(word);
+        found.extend(self.contained(word));
         found.sort_unstable();
         found.dedup();
-        let equal = self.word_index.get(word);
-        found.into_iter().map(|index| (index, if Some(&index) == equal { 1.0 } else { 0.8 })).collect()
+        let same = self.word_index.get(word);
+        let tids = |index: WordIndex| &self.postings[self.starts[index as usize]..self.starts[index as usize + 1]];
+        let of_word = |index| tids(index).iter().map(move |&tid| Match { tid, equal: Some(&index) == same });
+        found.into_iter().flat_map(of_word).collect()
+    }
+
+    /// Vocabulary words that contain `word`, some perhaps twice: those that have its rarest pair of bytes are looked at.
+    fn containing(&self, word: &str) -> Vec<WordIndex> {
+        let rarest =
+            byte_pairs(word).map(|pair| self.pairs.places(pair)).zip(0..).min_by_key(|(places, _)| places.len());
+        let Some((places, before)) = rarest else {
+            let contains = |index: &WordIndex| self.vocabulary[*index as usize].contains(word);
+            return (0..self.vocabulary.len() as WordIndex).filter(contains).collect();
+        };
+        let fits = |&&(index, place): &&(WordIndex, u32)| {
+            let start = place.checked_sub(before).map(|start| start as usize);
+            start.is_some_and(|start| self.vocabulary[index as usize].as_bytes()[start..].starts_with(word.as_bytes()))
+        };
+        places.iter().filter(fits).map(|&(index, _)| index).collect()
+    }
+
+    /// Vocabulary words that `word` contains, some perhaps twice.
+    fn contained(&self, word: &str) -> impl Iterator<Item = WordIndex> {
+        let substrings = word.char_indices().flat_map(move |(start, first)| {
+            let rest = &word[start..];
+            let longest = byte_pairs(rest).next().map_or(0, |pair| self.pairs.longest[pair] as usize);
+            let ends = first.len_utf8()..=rest.len().min(longest.max(first.len_utf8()));
+            ends.filter(|&end| rest.is_char_boundary(end)).map(|end| &rest[..end])
+        });
+        substrings.chain([""]).filter_map(|part| self.word_index.get(part).copied())
     }
 }
 
-fn length(words: &Option<&Vec<WordIndex>>) -> usize {
-    words.map_or(0, Vec::len)
+impl BytePairs {
+    /// Counting sort of the pairs of all words.
+    fn new(vocabulary: &[String]) -> Self {
+        let mut starts = vec![0; PAIRS + 1];
+        let mut longest = vec![0; PAIRS];
+        for word in vocabulary {
+            for (place, pair) in byte_pairs(word).enumerate() {
+                starts[pair + 1] += 1;
+                if place == 0 {
+                    longest[pair] = longest[pair].max(word.len() as u32);
+                }
+            }
+        }
+        for pair in 0..PAIRS {
+            starts[pair + 1] += starts[pair];
+        }
+        let mut places = vec![(0, 0); starts[PAIRS] as usize];
+        let mut next = starts.clone();
+        for (index, word) in (0..).zip(vocabulary) {
+            for (pair, place) in byte_pairs(word).zip(0..) {
+                places[next[pair] as usize] = (index, place);
+                next[pair] += 1;
+            }
+        }
+        Self { places, starts, longest }
+    }
+
+    fn places(&self, pair: usize) -> &[(WordIndex, u32)] {
+        &self.places[self.starts[pair] as usize..self.starts[pair + 1] as usize]
+    }
 }
 
-/// The byte trigrams of `word`.
-fn grams(word: &str) -> impl Iterator<Item = [u8; 3]> + '_ {
-    word.as_bytes().windows(3).map(|w| [w[0], w[1], w[2]])
+const PAIRS: usize = 1 << 16;
+
+/// The pairs of neighbouring bytes of `word`, each as a number below [`PAIRS`].
+fn byte_pairs(word: &str) -> impl Iterator<Item = usize> + '_ {
+    word.as_bytes().windows(2).map(|w| usize::from(u16::from_be_bytes([w[0], w[1]])))
 }
 
 /// What stands between each `[` and the next `]` on the same line, from left to right.
