@@ -6,13 +6,13 @@ use std::{
 };
 
 use grlm_cache::{Digest, Store, StoreError};
-use grlm_stages::{Resources, StageContext, StageError, StopFlag};
+use grlm_stages::{Device, Resources, StageContext, StageError, StopFlag};
 
 use super::{
-    decide::Action,
+    decide::{Action, device_class},
     work::{Node, Source},
 };
-use crate::pipeline::Stage;
+use crate::{key::DeviceClass, pipeline::Stage};
 
 /// The rows of a stage as the store knows them.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,7 +75,7 @@ pub fn foresee(
         };
         inputs.insert(port.clone(), path);
     }
-    let mut cx = context(inputs, folder.path(), action);
+    let mut cx = context(inputs, folder.path(), stage, action);
     let Some(job) = stage.kind.plan_rows(&stage.params, &mut cx)? else { return Ok(None) };
     let mut keys: Vec<Digest> = job.keys.iter().map(|key| Digest::from_bytes(*key.as_bytes())).collect();
     keys.sort_unstable();
@@ -96,7 +96,12 @@ pub fn foresee(
 }
 
 /// A context in which keys can be made, and nothing else.
-fn context(inputs: BTreeMap<String, PathBuf>, scratch: &Path, action: &Action) -> StageContext {
-    StageContext::new(inputs, BTreeMap::new(), scratch.to_owned(), 1, Vec::new(), StopFlag::default(), |_| {})
+fn context(inputs: BTreeMap<String, PathBuf>, scratch: &Path, stage: &Stage, action: &Action) -> StageContext {
+    // Keys of rows tell classes of devices apart, not devices.
+    let devices = match device_class(stage) {
+        Some(DeviceClass::Cuda) => vec![Device::Cuda(0)],
+        _ => Vec::new(),
+    };
+    StageContext::new(inputs, BTreeMap::new(), scratch.to_owned(), 1, devices, StopFlag::default(), |_| {})
         .with_identity(action.identity())
 }

@@ -6,6 +6,7 @@
 
 pub mod artifact;
 pub mod compat;
+pub mod compute;
 pub mod context;
 mod endpoint;
 pub mod error;

@@ -40,10 +40,13 @@ struct Text {
     tid: f32,
 }
 
-/// The rows of a stage, by their keys; `checkpoint` is the digest of the model's folder.
-pub fn job(work: &Work, params: &Params, checkpoint: &str) -> RowJob {
-    let mut recipe =
-        RowRecipe::new("ranking", ROW_VERSION).bytes("model", checkpoint.as_bytes()).bytes("device", b"cpu").json(
+/// The rows of a stage, by their keys; `checkpoint` is the digest of the model's folder, `device` what computes
+/// ([`Dtype::key`](crate::compute::Dtype::key)).
+pub fn job(work: &Work, params: &Params, checkpoint: &str, device: &str) -> RowJob {
+    let mut recipe = RowRecipe::new("ranking", ROW_VERSION)
+        .bytes("model", checkpoint.as_bytes())
+        .bytes("device", device.as_bytes())
+        .json(
             "decoding",
             &json!({
                 "decoding": params.decoding,
@@ -96,7 +99,10 @@ impl<'a> Decoder<'a> {
         let pool = device.pool()?;
         let trie = Trie::new(work.tids.sequences())?;
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
-        let batch = budget::batch(params, model.config(), &trie, longest, device.threads) >> smaller.min(16);
+        let batch = match model.is_on_device() {
+            true => budget::ON_DEVICE,
+            false => budget::batch(params, model.config(), &trie, longest, device.threads),
+        } >> smaller.min(16);
         let generator =
             pool.install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))?;
         Ok(Self { params, work, generator, trie, pool, device })

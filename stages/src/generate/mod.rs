@@ -5,8 +5,6 @@
 //! Here: parameters and the order of work. What can be recommended is [`catalogue`]'s business, who is asked what
 //! [`queries`]', and how answers are computed [`decode`]'s. The search itself lives in `grlm_nn::generate`.
 
-use std::sync::OnceLock;
-
 use grlm_nn::qwen3::Qwen3;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -15,6 +13,7 @@ use serde_json::json;
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{Holdout, Id2Meta, Split, TokenKind, jsonl},
+    compute::{Dtype, PerDevice},
     lm::Layout,
     rows::{self, RowDevice, RowJob},
 };
@@ -96,6 +95,8 @@ pub struct Params {
     pub sample_users: Option<usize>,
     /// Seed of the sample.
     pub seed: u64,
+    /// The type of weights and arithmetic on a GPU. On the CPU, weights of any type are computed in f32.
+    pub dtype: Dtype,
     /// `reference` asks as the published scripts do: the whole history and a trailing `Item text ID: ` in the user's
     /// turn. `fixed` goes on where training left the history.
     pub compat: Compat,
@@ -115,6 +116,7 @@ impl Default for Params {
             splits: vec![Split::Test],
             sample_users: None,
             seed: 42,
+            dtype: Dtype::default(),
             compat: Compat::Fixed,
         }
     }
@@ -164,6 +166,9 @@ impl Stage for Generate {
         if params.splits.is_empty() {
             issues.push(ParamIssue::new("splits", "nothing to rank for").help("give `test`, `valid` or both"));
         }
+        if params.splits.iter().enumerate().any(|(i, split)| params.splits[..i].contains(split)) {
+            issues.push(ParamIssue::new("splits", "a split stands twice"));
+        }
         if params.sample_users == Some(0) {
             issues.push(ParamIssue::new("sample_users", "a sample needs at least one user"));
         }
@@ -187,20 +192,21 @@ impl Stage for Generate {
 
     fn plan_rows(params: &Params, cx: &mut StageContext) -> Result<Option<RowJob>, StageError> {
         let work = Work::read(params, cx)?;
-        Ok(Some(decode::job(&work, params, &cx.input_digest("checkpoint")?)))
+        Ok(Some(decode::job(&work, params, &cx.input_digest("checkpoint")?, params.dtype.key(cx))))
     }
 
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let work = Work::read(params, cx)?;
         work.say(cx);
         let folder = cx.input("checkpoint")?.to_owned();
-        let job = decode::job(&work, params, &cx.input_digest("checkpoint")?);
+        let job = decode::job(&work, params, &cx.input_digest("checkpoint")?, params.dtype.key(cx));
         let smaller = cx.out_of_memory_before();
-        let model: OnceLock<Result<Qwen3, grlm_nn::Error>> = OnceLock::new();
+        let models = PerDevice::new(cx);
         let make = |device: RowDevice| {
             let pool = device.pool()?;
-            let loaded = model.get_or_init(|| pool.install(|| Qwen3::load(&folder)));
-            let model = loaded.as_ref().map_err(|e| decode::failed(&folder, e))?;
+            let place = params.dtype.on(device.device);
+            let load = || pool.install(|| Qwen3::load_on(&folder, place)).map_err(|e| decode::failed(&folder, &e));
+            let model = models.get(device.device, load)?;
             Decoder::new(params, &work, model, device, smaller)
         };
         let results = rows::run(cx, &job, make)?;

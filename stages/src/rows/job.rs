@@ -100,15 +100,11 @@ impl Notes {
 }
 
 impl RowDevice {
-    /// A rayon pool of this device's cores, for what computes on the CPU.
+    /// A rayon pool of this device's cores.
     ///
     /// # Errors
-    /// The device is a GPU, whose results would not be its own; the system refuses to start threads.
+    /// The system refuses to start threads.
     pub fn pool(&self) -> Result<rayon::ThreadPool, StageError> {
-        if self.device != Device::Cpu {
-            return Err(StageError::params("this stage leased a GPU, and computes on the CPU only")
-                .help("take `gpus` out of its `resources`, or let a server at `endpoint` compute on the GPU"));
-        }
         rayon::ThreadPoolBuilder::new()
             .num_threads(self.threads)
             .build()

@@ -1,10 +1,7 @@
 //! Embedding the texts of a catalogue: one row an item, by a model folder on this machine or by a server that speaks
 //! OpenAI's `/v1/embeddings`.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
-};
+use std::path::PathBuf;
 
 use grlm_nn::encoder::{self, Encoder};
 use serde_json::{Map, Value, json};
@@ -12,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::{EmbeddingModel, Pooling};
 use crate::{
     StageContext, StageError,
+    compute::PerDevice,
     endpoint::{CallError, Endpoint, gather},
     machine,
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
@@ -28,8 +26,9 @@ const PER_REQUEST: usize = 16;
 /// The parameter that names the model.
 pub const PLACE: &str = "encoder.model";
 
-/// The rows of an embedding: a text each. `identity` tells the model apart, where no server is asked.
-pub fn job(model: &EmbeddingModel, identity: &str, texts: &[String]) -> RowJob {
+/// The rows of an embedding: a text each. Where no server is asked, `identity` tells the model apart, and `device` what
+/// computes ([`Dtype::key`](crate::compute::Dtype::key)).
+pub fn job(model: &EmbeddingModel, identity: &str, device: &str, texts: &[String]) -> RowJob {
     let recipe = RowRecipe::new(NAMESPACE, ROW_VERSION);
     let (recipe, piece) = match &model.endpoint {
         // Not the address: the same model elsewhere is the same.
@@ -41,7 +40,7 @@ pub fn job(model: &EmbeddingModel, identity: &str, texts: &[String]) -> RowJob {
             PER_REQUEST * model.concurrency,
         ),
         None => {
-            let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": "cpu"});
+            let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": device});
             (recipe.text("model", identity).json("settings", &settings), PIECE)
         }
     };
@@ -73,7 +72,7 @@ pub fn embed(
         Some(_) => (PathBuf::new(), String::new()),
         None => (cx.model(PLACE, &model.name())?, cx.model_identity(PLACE, &model.name())?),
     };
-    let job = job(model, &identity, texts).max_failed_rows(max_failed_rows);
+    let job = job(model, &identity, model.dtype.key(cx), texts).max_failed_rows(max_failed_rows);
     let rows = match &model.endpoint {
         Some(address) => {
             let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag())?;
@@ -86,22 +85,19 @@ pub fn embed(
         }
         None => {
             let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());
-            // Devices of the CPU share one set of weights.
-            let encoder: Mutex<Option<Arc<Encoder>>> = Mutex::default();
+            let encoders = PerDevice::new(cx);
             let make = |device: RowDevice| {
                 let pool = device.pool()?;
-                let mut loaded = encoder.lock().map_err(|_| StageError::bug("loading the encoder panicked"))?;
-                let encoder = match &*loaded {
-                    Some(encoder) => Arc::clone(encoder),
-                    None => {
-                        let pooling = model.pooling.map(Into::into);
-                        let load = || Encoder::load(&folder, pooling, model.max_tokens as usize);
-                        let encoder = pool.install(load)?;
-                        let tokens = tokens_at_once(|tokens| encoder.bytes_of_work(tokens), threads, out_of_memory);
-                        let encoder = Arc::new(encoder.with_tokens_at_once(tokens));
-                        loaded.insert(encoder).clone()
+                let encoder = encoders.get(device.device, || {
+                    let (pooling, place) = (model.pooling.map(Into::into), model.dtype.on(device.device));
+                    let load = || Encoder::load_on(&folder, pooling, model.max_tokens as usize, place);
+                    let encoder = pool.install(load)?;
+                    if encoder.is_on_device() {
+                        return Ok::<_, StageError>(encoder);
                     }
-                };
+                    let tokens = tokens_at_once(|tokens| encoder.bytes_of_work(tokens), threads, out_of_memory);
+                    Ok(encoder.with_tokens_at_once(tokens))
+                })?;
                 Ok(Local { encoder, pool, texts })
             };
             rows::run(cx, &job, make)?
@@ -142,7 +138,7 @@ fn bytes(vector: &[f32]) -> Vec<u8> {
 
 /// A model folder on this machine.
 struct Local<'a> {
-    encoder: Arc<Encoder>,
+    encoder: &'a Encoder,
     pool: rayon::ThreadPool,
     texts: &'a [String],
 }

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{Item, Neighbor, Neighbors, items, jsonl, neighbors},
+    compute::Dtype,
     endpoint,
     method::Method,
     model_folder,
@@ -116,16 +117,6 @@ fn max_tokens() -> u32 {
     512
 }
 
-/// A floating-point type.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Dtype {
-    #[default]
-    Bf16,
-    F16,
-    F32,
-}
-
 /// How the vectors of a text's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -207,7 +198,8 @@ impl Stage for Similarity {
         };
         let Some(identity) = identity else { return Ok(None) };
         let (texts, _) = texts(&items::read(cx.input("items")?)?, model, params.compat);
-        Ok(Some(embed::job(&model.in_compat(params.compat), &identity, &texts)))
+        let device = model.dtype.key(cx);
+        Ok(Some(embed::job(&model.in_compat(params.compat), &identity, device, &texts)))
     }
 
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {

@@ -296,10 +296,12 @@ fn write(
     let mut records: Vec<TidRecord> = Vec::with_capacity(items.len());
     let mut entries: Vec<Entry> = Vec::with_capacity(items.len());
     let mut unusable = 0;
+    let mut example = None;
     for (item, found) in items.iter().zip(found) {
         let valid = found.problem.is_none();
         if let Some(reason) = &found.problem {
             unusable += 1;
+            example.get_or_insert_with(|| format!("`{}`: {reason}", item.id));
             let mut line = json!({"id": item.id, "reason": reason, "words": found.words});
             if !found.output.is_empty() {
                 line["answer"] = json!(found.output);
@@ -320,8 +322,10 @@ fn write(
     invalid.finish()?;
     if unusable > 0 {
         cx.warn(format!(
-            "{unusable} of {} items have no TID: see `invalid`; `overrides` can give them one",
-            items.len()
+            "{unusable} of {} items have no TID ({}): the output `invalid` lists them; a longer text or the input \
+             `overrides` gives them one",
+            items.len(),
+            example.unwrap_or_default()
         ));
     }
     tids::write(cx.output("tids")?, &records)?;

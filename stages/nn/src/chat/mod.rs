@@ -11,7 +11,7 @@ use tokenizers::Tokenizer;
 use crate::{
     Error,
     generate::{Generator, greedy},
-    qwen3::Qwen3,
+    qwen3::{Place, Qwen3},
 };
 
 mod template;
@@ -59,6 +59,14 @@ impl ChatModel {
     /// A file is missing, damaged or contradicts another; the architecture is not known here; there is no chat
     /// template, or the model is an encoder.
     pub fn load(folder: &Path) -> Result<Self, Error> {
+        Self::load_on(folder, Place::Cpu)
+    }
+
+    /// [`ChatModel::load`], to compute in `place`.
+    ///
+    /// # Errors
+    /// As [`ChatModel::load`] and [`Qwen3::load_on`].
+    pub fn load_on(folder: &Path, place: Place) -> Result<Self, Error> {
         let template = ChatTemplate::load(folder)?;
         let path = folder.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -68,7 +76,7 @@ impl ChatModel {
         let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(broken)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(broken)?;
-        let model = Qwen3::load(folder)?;
+        let model = Qwen3::load_on(folder, place)?;
         let mut ends = model.config().eos_tokens.clone();
         ends.extend(generation_ends(folder)?);
         Ok(Self { model, tokenizer, template, ends })

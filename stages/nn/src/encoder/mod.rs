@@ -12,7 +12,7 @@ use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
     Error,
-    qwen3::{Prompt, Qwen3, Wanted},
+    qwen3::{Place, Prompt, Qwen3, Wanted},
 };
 
 mod bert;
@@ -26,6 +26,8 @@ pub use config::{Activation, BertConfig};
 /// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
 /// enough for what lies between them to stay in the cache.
 pub const TOKENS_AT_ONCE: usize = 512;
+/// The same for a GPU, which small products leave idle.
+const TOKENS_ON_DEVICE: usize = 16_384;
 
 /// How the vectors of a text's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +48,7 @@ pub struct Encoder {
     /// Tokens of the longest text.
     longest: usize,
     tokens_at_once: usize,
+    on_device: bool,
 }
 
 enum Network {
@@ -62,15 +65,27 @@ impl Encoder {
     /// A file is missing, damaged or contradicts another; the architecture, or how it embeds, is not known here;
     /// `max_tokens` has no room for a text beside special tokens.
     pub fn load(folder: &Path, pooling: Option<Pooling>, max_tokens: usize) -> Result<Self, Error> {
+        Self::load_on(folder, pooling, max_tokens, Place::Cpu)
+    }
+
+    /// [`Encoder::load`], to compute in `place`.
+    ///
+    /// # Errors
+    /// As [`Encoder::load`] and [`Qwen3::load_on`]; a BERT in another place than the CPU.
+    pub fn load_on(folder: &Path, pooling: Option<Pooling>, max_tokens: usize, place: Place) -> Result<Self, Error> {
         let named = match pooling {
             Some(pooling) => Some(pooling),
             None => settings::pooling(folder)?,
         };
         let (network, default, positions) = if is_qwen3(folder)? {
-            let model = Qwen3::load_encoder(folder)?;
+            let model = Qwen3::load_encoder(folder, place)?;
             let positions = model.config().max_positions;
             (Network::Qwen3(Box::new(model)), Pooling::Last, positions)
         } else {
+            if place != Place::Cpu {
+                return Err(Error::argument("a BERT computes on the CPU only")
+                    .help("give the stage `resources: { gpus: 0 }`; a Qwen3-Embedding computes on GPUs"));
+            }
             let model = Bert::load(folder)?;
             let positions = model.config().max_tokens();
             (Network::Bert(Box::new(model)), Pooling::Mean, positions)
@@ -78,7 +93,9 @@ impl Encoder {
         let longest = max_tokens.min(positions);
         let tokenizer = tokenizer(folder, longest)?;
         let pooling = named.unwrap_or(default);
-        Ok(Self { network, tokenizer, pooling, longest, tokens_at_once: TOKENS_AT_ONCE })
+        let on_device = matches!(&network, Network::Qwen3(model) if model.is_on_device());
+        let tokens_at_once = if on_device { TOKENS_ON_DEVICE } else { TOKENS_AT_ONCE };
+        Ok(Self { network, tokenizer, pooling, longest, tokens_at_once, on_device })
     }
 
     /// Lets a thread take so many tokens (or one text) through the network together; fewer take less memory, and
@@ -86,6 +103,11 @@ impl Encoder {
     pub fn with_tokens_at_once(mut self, tokens: usize) -> Self {
         self.tokens_at_once = tokens.max(1);
         self
+    }
+
+    /// Whether the network computes on a GPU, where a thread's memory is not what counts.
+    pub fn is_on_device(&self) -> bool {
+        self.on_device
     }
 
     /// What a thread has in memory beside the weights, with so many tokens at once; in bytes.
@@ -125,6 +147,11 @@ impl Encoder {
     /// As [`Encoder::tokens`]; a token that the model has not.
     pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
         let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
+        if self.on_device {
+            let groups = groups(&tokens, 1, self.tokens_at_once);
+            let vectors = groups.into_iter().map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
+            return Ok(vectors.into_iter().flatten().collect());
+        }
         let groups = groups(&tokens, threads, self.tokens_at_once);
         // One thread a group wastes nothing; only a lone group is worth the others' help.
         let each = if groups.len() < threads { threads } else { 1 };

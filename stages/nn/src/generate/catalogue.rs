@@ -172,8 +172,8 @@ impl Catalogue<'_> {
         if self.normalize == Normalize::Full {
             return generator.log_probabilities(hidden, wanted, threads);
         }
-        let rows = hidden.chunks_exact(generator.model.config().hidden_size);
-        rows.zip(wanted).map(|(row, tokens)| among_allowed(generator.model, row, tokens)).collect()
+        let logits = generator.model.logits_of(hidden, wanted)?;
+        Ok(logits.into_iter().map(among_themselves).collect())
     }
 
     /// Where every beam of a prompt can end in one entry only, nothing is left to choose: computes the rest of all of
@@ -298,14 +298,12 @@ fn run(generator: &Generator, searches: &mut [Search], feeds: &[Feed], threads: 
     generator.advance(steps, threads)
 }
 
-/// The log-probabilities of `tokens` among themselves.
-fn among_allowed(model: &Qwen3, hidden: &[f32], tokens: &[u32]) -> Result<Vec<f32>, Error> {
-    let mut logits = Vec::with_capacity(tokens.len());
-    model.logits_of(hidden, tokens.iter().copied(), &mut logits)?;
+/// From the logits of some tokens to their log-probabilities among themselves.
+fn among_themselves(mut logits: Vec<f32>) -> Vec<f32> {
     let (max, sum) = ops::max_and_sum_exp(&logits);
     let all = max + sum.ln();
     logits.iter_mut().for_each(|logit| *logit -= all);
-    Ok(logits)
+    logits
 }
 
 pub(super) fn check_tokens(largest: u32, model: &Qwen3) -> Result<(), Error> {

@@ -30,7 +30,7 @@ fn batch(
     let mut paths: Vec<[Vec<u32>; 1]> = vec![[Vec::new()]; prompts.len()];
     let mut going: Vec<usize> = if max_new == 0 { Vec::new() } else { (0..prompts.len()).collect() };
     while !going.is_empty() {
-        let best = likeliest(generator, &hidden, threads)?;
+        let best = generator.model.likeliest(&hidden, threads)?;
         for (which, token) in going.iter().zip(best) {
             written[*which].push(token);
         }
@@ -51,18 +51,4 @@ fn batch(
         }
     }
     Ok(written)
-}
-
-/// For every row the token with the largest logit.
-fn likeliest(generator: &Generator, hidden: &[f32], threads: usize) -> Result<Vec<u32>, Error> {
-    let rows = hidden.len() / generator.model.config().hidden_size;
-    let mut best = vec![(f32::NEG_INFINITY, 0u32); rows];
-    generator.model.visit_logits(hidden, threads, |row, first, logits| {
-        let max = crate::cpu::ops::max(logits);
-        if max > best[row].0 {
-            let at = logits.iter().position(|l| *l == max).unwrap_or(0);
-            best[row] = (max, (first + at) as u32);
-        }
-    })?;
-    Ok(best.into_iter().map(|(_, token)| token).collect())
 }

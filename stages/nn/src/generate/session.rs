@@ -4,13 +4,14 @@ use rayon::prelude::*;
 
 use crate::{
     Error,
-    cpu::ops::LogSumExp,
     qwen3::{Branches, Prompt, Qwen3, Segment, Step, Wanted},
 };
 
 /// Rows (prompt tokens, or tokens of beams) that go through the network together: enough for the products to run at
 /// full speed, few enough for what lies between them to stay in the cache, and a bound on memory.
 pub const ROWS_AT_ONCE: usize = 256;
+/// The same for a GPU, which small products leave idle.
+const ROWS_ON_DEVICE: usize = 4096;
 
 /// A model that generates, after a beginning that all prompts share.
 pub struct Generator<'m> {
@@ -18,13 +19,17 @@ pub struct Generator<'m> {
     prefix: Option<Segment>,
     /// Prompts that one thread has in work.
     batch: usize,
+    rows_at_once: usize,
     threads: usize,
 }
 
 impl<'m> Generator<'m> {
-    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool.
+    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool; on a GPU 64,
+    /// which one thread hands to it.
     pub fn new(model: &'m Qwen3, threads: usize) -> Self {
-        Self { model, prefix: None, batch: 8, threads: threads.max(1) }
+        let (batch, rows_at_once, threads) =
+            if model.is_on_device() { (64, ROWS_ON_DEVICE, 1) } else { (8, ROWS_AT_ONCE, threads.max(1)) };
+        Self { model, prefix: None, batch, rows_at_once, threads }
     }
 
     /// Computes `tokens` once; all prompts that are given from now on stand behind it.
@@ -79,7 +84,7 @@ impl<'m> Generator<'m> {
     pub(super) fn read(&self, prompts: &[&[u32]], threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
         let mut segments = Vec::with_capacity(prompts.len());
         let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
-        for part in split_by_rows(prompts, |tokens| tokens.len()) {
+        for part in split_by_rows(prompts, self.rows_at_once, |tokens| tokens.len()) {
             let part: Vec<Prompt> = part.iter().map(|tokens| Prompt { prefix: self.prefix(), tokens }).collect();
             let (read, last) = self.model.read(&part, Wanted::Last, threads)?;
             segments.extend(read);
@@ -94,12 +99,12 @@ impl<'m> Generator<'m> {
         segments.iter().map(|own| Branches::with_room(self.model.config(), prompt(own), slots)).collect()
     }
 
-    /// Takes beams forward, [`ROWS_AT_ONCE`] or so at a time; returns the hidden states of all rows in order.
+    /// Takes beams forward, some hundred rows at a time; returns the hidden states of all rows in order.
     pub(super) fn advance(&self, mut steps: Vec<Step>, threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
         let mut rest = steps.as_mut_slice();
         while !rest.is_empty() {
-            let count = first_by_rows(rest, |step| step.tokens.len());
+            let count = first_by_rows(rest, self.rows_at_once, |step| step.tokens.len());
             let (now, later) = rest.split_at_mut(count);
             hidden.extend(self.model.step(now, threads)?);
             rest = later;
@@ -115,42 +120,30 @@ impl<'m> Generator<'m> {
         threads: usize,
     ) -> Result<Vec<Vec<f32>>, Error> {
         let width = self.model.config().hidden_size;
-        let mut found: Vec<Vec<f32>> = wanted.iter().map(|tokens| Vec::with_capacity(tokens.len())).collect();
-        for (part, hidden) in hidden.chunks(ROWS_AT_ONCE * width).enumerate() {
-            let start = part * ROWS_AT_ONCE;
-            let mut sums = vec![LogSumExp::default(); hidden.len() / width];
-            self.model.visit_logits(hidden, threads, |row, first, logits| {
-                sums[row].add(logits);
-                let found = &mut found[start + row];
-                let end = first + logits.len();
-                let next = wanted[start + row][found.len()..].iter().map(|t| *t as usize).take_while(|t| *t < end);
-                found.extend(next.map(|token| logits[token - first]));
-            })?;
-            for (found, sum) in found[start..].iter_mut().zip(&sums) {
-                let sum = sum.value();
-                found.iter_mut().for_each(|logit| *logit -= sum);
-            }
+        let mut found = Vec::with_capacity(wanted.len());
+        for (hidden, wanted) in hidden.chunks(ROWS_AT_ONCE * width).zip(wanted.chunks(ROWS_AT_ONCE)) {
+            found.extend(self.model.log_probabilities(hidden, wanted, threads)?);
         }
         Ok(found)
     }
 }
 
-/// How many of `items` come to at most [`ROWS_AT_ONCE`] rows together, and at least one.
-fn first_by_rows<T>(items: &[T], rows: impl Fn(&T) -> usize) -> usize {
+/// How many of `items` come to at most `at_once` rows together, and at least one.
+fn first_by_rows<T>(items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> usize {
     let mut sum = 0;
     let fitting = items.iter().take_while(|item| {
         sum += rows(item);
-        sum <= ROWS_AT_ONCE
+        sum <= at_once
     });
     fitting.count().max(1)
 }
 
-fn split_by_rows<T>(mut items: &[T], rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
+fn split_by_rows<T>(mut items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
     std::iter::from_fn(move || {
         if items.is_empty() {
             return None;
         }
-        let (now, later) = items.split_at(first_by_rows(items, &rows));
+        let (now, later) = items.split_at(first_by_rows(items, at_once, &rows));
         items = later;
         Some(now)
     })
@@ -163,7 +156,7 @@ mod tests {
     #[test]
     fn parts_hold_few_rows_and_at_least_one_item() {
         let rows = [ROWS_AT_ONCE + 9, 1, ROWS_AT_ONCE - 1, 3, 4];
-        let parts: Vec<&[usize]> = split_by_rows(&rows, |r| *r).collect();
+        let parts: Vec<&[usize]> = split_by_rows(&rows, ROWS_AT_ONCE, |r| *r).collect();
         assert_eq!(parts, [&rows[..1], &rows[1..3], &rows[3..]]);
     }
 }

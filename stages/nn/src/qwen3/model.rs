@@ -1,60 +1,29 @@
-//! The network: what happens to rows of tokens from embedding to the last norm, and the output head.
-//!
-//! Rows of all prompts (or beams) of a batch go through every product together; only attention knows which row
-//! belongs to whom. Nothing is padded.
+//! The model as others see it: prompts are read, beams go forward, and the output head says what may follow. What it
+//! computes with is chosen when it is loaded.
 
 use std::{ops::Range, path::Path};
 
-use rayon::prelude::*;
-
 use super::{
-    Config,
-    attention::{self, Beams, Out, Queries, Shape},
+    Config, Place,
     kv::{Branches, Segment},
-    rotary::Rotary,
-    weights::{self, Tensor, Weights},
-    work::{SCORES, WORK, room},
+    packed::Packed,
+    tensors::Tensors,
+    weights::Weights,
 };
 use crate::{
     Error,
-    cpu::{Accumulate, Panels, Rows, RowsMut, WIDTH, matmul, ops},
+    cpu::ops::{self, LogSumExp},
 };
 
-/// Columns of the head that are looked at together.
-pub const HEAD_CHUNK: usize = 256;
-/// Logits that a thread computes before they are looked at, or a chunk of every row: they stay in the cache.
-pub const LOGITS_AT_ONCE: usize = 1 << 16;
-/// Gates (and as many values beside them) that a thread computes before they are applied.
-pub const GATES_AT_ONCE: usize = 1 << 15;
-
-/// A Qwen3 ready to compute on the CPU.
+/// A Qwen3 ready to compute.
 pub struct Qwen3 {
     config: Config,
-    /// Rows are read from the mapped file.
-    embeddings: Tensor,
-    layers: Vec<Layer>,
-    norm: Vec<f32>,
-    head: Option<Head>,
-    rotary: Rotary,
+    network: Network,
 }
 
-/// The output head, packed for all tokens at once and as rows for a few.
-struct Head {
-    packed: Panels,
-    rows: Tensor,
-}
-
-struct Layer {
-    input_norm: Vec<f32>,
-    /// Queries, keys and values side by side.
-    qkv: Panels,
-    query_norm: Vec<f32>,
-    key_norm: Vec<f32>,
-    output: Panels,
-    post_norm: Vec<f32>,
-    gate: Panels,
-    up: Panels,
-    down: Panels,
+enum Network {
+    Packed(Box<Packed>),
+    Tensors(Box<Tensors>),
 }
 
 /// A prompt to be read, after a segment that it may share with others.
@@ -82,107 +51,88 @@ pub enum Wanted {
     Last,
 }
 
-/// Queries, keys and values of a batch in one layer, side by side in each row: queries normed, turned and scaled, keys
-/// normed and turned.
-#[derive(Clone, Copy)]
-struct Projected<'a> {
-    rows: &'a [f32],
-    query_width: usize,
-    kv_width: usize,
+/// The tokens that go through the network together.
+#[derive(Default)]
+pub struct Batch {
+    pub tokens: Vec<u32>,
+    /// Where each token stands in its text.
+    pub positions: Vec<usize>,
+    /// Which tokens belong to each prompt, or to the beams of each prompt.
+    pub rows: Vec<Range<usize>>,
 }
 
-impl<'a> Projected<'a> {
-    fn width(&self) -> usize {
-        self.query_width + 2 * self.kv_width
-    }
-
-    /// The rows from `row` on, which begin with their queries.
-    fn queries(&self, row: usize) -> Queries<'a> {
-        Queries { data: &self.rows[row * self.width()..], stride: self.width() }
-    }
-
-    fn key(&self, row: usize) -> &'a [f32] {
-        &self.rows[row * self.width() + self.query_width..][..self.kv_width]
-    }
-
-    fn value(&self, row: usize) -> &'a [f32] {
-        &self.rows[row * self.width() + self.query_width + self.kv_width..][..self.kv_width]
+impl Batch {
+    fn add(&mut self, tokens: &[u32], positions: impl Iterator<Item = usize>) {
+        self.rows.push(self.tokens.len()..self.tokens.len() + tokens.len());
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(positions);
     }
 }
 
 impl Qwen3 {
-    /// Loads a model folder: maps its weights and packs them. Runs on the current rayon pool.
+    /// Loads a model folder for the CPU: maps its weights and packs them. Runs on the current rayon pool.
     ///
     /// # Errors
     /// As [`Config::load`] and [`Weights::open`].
     pub fn load(folder: &Path) -> Result<Self, Error> {
-        Self::open(folder, true)
+        Self::load_on(folder, Place::Cpu)
+    }
+
+    /// Loads a model folder to compute in `place`.
+    ///
+    /// # Errors
+    /// As [`Qwen3::load`]; there is no such device, or its memory is too small.
+    pub fn load_on(folder: &Path, place: Place) -> Result<Self, Error> {
+        Self::open(folder, place, true)
     }
 
     /// Loads a model folder without its output head, which an encoder never needs.
     ///
     /// # Errors
-    /// As [`Qwen3::load`].
-    pub fn load_encoder(folder: &Path) -> Result<Self, Error> {
-        Self::open(folder, false)
+    /// As [`Qwen3::load_on`].
+    pub fn load_encoder(folder: &Path, place: Place) -> Result<Self, Error> {
+        Self::open(folder, place, false)
     }
 
-    fn open(folder: &Path, with_head: bool) -> Result<Self, Error> {
+    fn open(folder: &Path, place: Place, with_head: bool) -> Result<Self, Error> {
         let config = Config::load(folder)?;
         let weights = Weights::open(folder, &config)?;
-        let embeddings = weights.get("model.embed_tokens.weight")?.clone();
-        let head = if with_head && weights.has_head(&config) {
-            let rows = if config.tied { embeddings.clone() } else { weights.get("lm_head.weight")?.clone() };
-            Some(Head { packed: weights::pack(&[&rows]), rows })
-        } else {
-            None
+        let network = match place.device()? {
+            None => Network::Packed(Box::new(Packed::load(config.clone(), &weights, with_head)?)),
+            Some((device, dtype)) => {
+                Network::Tensors(Box::new(Tensors::load(config.clone(), &weights, with_head, device, dtype)?))
+            }
         };
-        let layers = (0..config.layers).map(|l| Layer::load(&weights, l)).collect::<Result<_, _>>()?;
-        let norm = weights.get("model.norm.weight")?.vector();
-        let rotary = Rotary::new(&config);
-        Ok(Self { config, embeddings, layers, norm, head, rotary })
+        Ok(Self { config, network })
     }
 
     pub fn config(&self) -> &Config {
         &self.config
     }
 
+    /// Whether rows go through the network together by thousands, because a device waits for none of them.
+    pub fn is_on_device(&self) -> bool {
+        matches!(self.network, Network::Tensors(_))
+    }
+
     /// Reads prompts; returns their segments and the hidden states that are `wanted` (`[rows, hidden]`, after the
     /// last norm, in the order of prompts and tokens).
     ///
     /// # Errors
-    /// A prompt is empty or longer than the model's positions, or has a token that the model has not.
+    /// A prompt is empty or longer than the model's positions, or has a token that the model has not; a device fails.
     pub fn read(&self, prompts: &[Prompt], wanted: Wanted, threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        let mut rows: Vec<Range<usize>> = Vec::with_capacity(prompts.len());
+        let mut batch = Batch::default();
         for prompt in prompts {
             let before = prompt.prefix.map_or(0, Segment::length);
             self.check(prompt.tokens, before)?;
-            rows.push(tokens.len()..tokens.len() + prompt.tokens.len());
-            tokens.extend_from_slice(prompt.tokens);
-            positions.extend(before..before + prompt.tokens.len());
+            batch.add(prompt.tokens, before..before + prompt.tokens.len());
         }
-        let mut segments: Vec<Segment> = prompts.iter().map(|p| Segment::zeros(&self.config, p.tokens.len())).collect();
-        let last: Vec<usize> = rows.iter().map(|r| r.end - 1).collect();
+        let last: Vec<usize> = batch.rows.iter().map(|r| r.end - 1).collect();
         let kept = (wanted == Wanted::Last).then_some(last.as_slice());
-        let hidden = self.forward(&tokens, &positions, kept, threads, |layer, projected, out| {
-            for (segment, rows) in segments.iter_mut().zip(&rows) {
-                for (index, row) in rows.clone().enumerate() {
-                    segment.store(layer, index, projected.key(row), projected.value(row));
-                }
-            }
-            // Of the last layer only what is kept is looked at.
-            let last_only = kept.is_some() && layer + 1 == self.layers.len();
-            self.attend(&rows, out, threads, |which, shape, out, scores| {
-                let before = prompts[which].prefix.map(|s| s.head(layer, shape.head));
-                let own = segments[which].head(layer, shape.head);
-                let first = if last_only { rows[which].len() - 1 } else { 0 };
-                let queries = projected.queries(rows[which].start);
-                attention::over_prompt(shape, queries, before, own, first, out, scores);
-            });
-        });
-        Ok((segments, hidden))
+        match &self.network {
+            Network::Packed(network) => Ok(network.read(prompts, &batch, kept, threads)),
+            Network::Tensors(network) => network.read(prompts, &batch, kept),
+        }
     }
 
     /// Takes beams further; returns the new tokens' hidden states (`[rows, hidden]`, after the last norm). The new
@@ -191,34 +141,18 @@ impl Qwen3 {
     /// # Errors
     /// As [`Qwen3::read`].
     pub fn step(&self, steps: &mut [Step], threads: usize) -> Result<Vec<f32>, Error> {
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        let mut rows: Vec<Range<usize>> = Vec::with_capacity(steps.len());
+        let mut batch = Batch::default();
         for step in steps.iter() {
             let before = step.branches.prompt_length();
             for (token, path) in step.tokens.iter().zip(step.paths) {
                 self.check(std::slice::from_ref(token), before + path.len())?;
-                positions.push(before + path.len());
             }
-            rows.push(tokens.len()..tokens.len() + step.tokens.len());
-            tokens.extend_from_slice(step.tokens);
+            batch.add(step.tokens, step.paths.iter().map(|path| before + path.len()));
         }
-        let hidden = self.forward(&tokens, &positions, None, threads, |layer, projected, out| {
-            for (step, rows) in steps.iter_mut().zip(&rows) {
-                let slots = step.branches.layer_mut(layer);
-                for row in rows.clone() {
-                    slots.keys.extend_from_slice(projected.key(row));
-                    slots.values.extend_from_slice(projected.value(row));
-                }
-            }
-            let steps = &*steps;
-            self.attend(&rows, out, threads, |which, shape, out, scores| {
-                let Step { branches, paths, .. } = &steps[which];
-                let prompt: Vec<_> = branches.prompt().iter().map(|s| s.head(layer, shape.head)).collect();
-                let beams = Beams { slots: branches.layer(layer), paths, next: branches.slots() };
-                attention::over_branches(shape, projected.queries(rows[which].start), &prompt, beams, out, scores);
-            });
-        });
+        let hidden = match &self.network {
+            Network::Packed(network) => network.step(steps, &batch, threads),
+            Network::Tensors(network) => network.step(steps, &batch)?,
+        };
         for step in steps.iter_mut() {
             step.branches.add_slots(step.tokens.len());
         }
@@ -229,31 +163,18 @@ impl Qwen3 {
     /// `visit(row, first token, logits)`.
     ///
     /// # Errors
-    /// The model is an encoder without a head.
+    /// The model is an encoder without a head; a device fails.
     pub fn visit_logits(
         &self,
         hidden: &[f32],
         threads: usize,
-        mut visit: impl FnMut(usize, usize, &[f32]),
+        visit: impl FnMut(usize, usize, &[f32]),
     ) -> Result<(), Error> {
-        let packed = &self.head()?.packed;
-        let rows = Rows::dense(hidden, self.config.hidden_size);
-        let chunks = (threads * LOGITS_AT_ONCE / rows.rows.max(1) / HEAD_CHUNK).max(1);
-        let mut work = WORK.take();
-        for start in (0..packed.cols()).step_by(chunks * HEAD_CHUNK) {
-            let end = (start + chunks * HEAD_CHUNK).min(packed.cols());
-            let stride = end - start;
-            let block = room(&mut work.logits, rows.rows * stride);
-            let target = RowsMut { data: &mut *block, stride };
-            matmul(rows, packed.view().columns(start, end), target, Accumulate::No, threads);
-            for chunk in (0..stride).step_by(HEAD_CHUNK) {
-                let columns = chunk..(chunk + HEAD_CHUNK).min(stride);
-                for (row, logits) in block.chunks_exact(stride).enumerate() {
-                    visit(row, start + chunk, &logits[columns.clone()]);
-                }
-            }
+        self.check_head()?;
+        match &self.network {
+            Network::Packed(network) => network.visit_logits(hidden, threads, visit),
+            Network::Tensors(network) => network.visit_logits(hidden, visit)?,
         }
-        WORK.set(work);
         Ok(())
     }
 
@@ -271,32 +192,77 @@ impl Qwen3 {
         Ok(all)
     }
 
-    /// The logits of a few tokens for one row; summed in another order than [`Qwen3::visit_logits`].
+    /// For every row of `hidden` the token with the largest logit.
     ///
     /// # Errors
     /// As [`Qwen3::visit_logits`].
-    pub fn logits_of(
-        &self,
-        hidden: &[f32],
-        tokens: impl IntoIterator<Item = u32>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let rows = &self.head()?.rows;
-        let width = self.config.hidden_size;
-        let mut row = vec![0.0; width];
-        out.clear();
-        for token in tokens {
-            rows.read(token as usize * width, &mut row);
-            out.push(ops::dot(hidden, &row));
+    pub fn likeliest(&self, hidden: &[f32], threads: usize) -> Result<Vec<u32>, Error> {
+        if let Network::Tensors(network) = &self.network {
+            self.check_head()?;
+            return network.likeliest(hidden);
         }
-        Ok(())
+        let mut best = vec![(f32::NEG_INFINITY, 0u32); hidden.len() / self.config.hidden_size];
+        self.visit_logits(hidden, threads, |row, first, logits| {
+            let max = ops::max(logits);
+            if max > best[row].0 {
+                let at = logits.iter().position(|l| *l == max).unwrap_or(0);
+                best[row] = (max, (first + at) as u32);
+            }
+        })?;
+        Ok(best.into_iter().map(|(_, token)| token).collect())
     }
 
-    fn head(&self) -> Result<&Head, Error> {
-        self.head.as_ref().ok_or_else(|| {
-            Error::argument("the model has no output head, and cannot generate")
-                .help("it is an encoder; use it in `similarity`")
-        })
+    /// For every row of `hidden`, the log-probabilities of its `wanted` tokens (ascending) among the whole vocabulary.
+    ///
+    /// # Errors
+    /// As [`Qwen3::visit_logits`].
+    pub fn log_probabilities(&self, hidden: &[f32], wanted: &[&[u32]], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
+        if let Network::Tensors(network) = &self.network {
+            self.check_head()?;
+            return network.log_probabilities(hidden, wanted);
+        }
+        let mut found: Vec<Vec<f32>> = wanted.iter().map(|tokens| Vec::with_capacity(tokens.len())).collect();
+        let mut sums = vec![LogSumExp::default(); wanted.len()];
+        self.visit_logits(hidden, threads, |row, first, logits| {
+            sums[row].add(logits);
+            let found = &mut found[row];
+            let end = first + logits.len();
+            let next = wanted[row][found.len()..].iter().map(|t| *t as usize).take_while(|t| *t < end);
+            found.extend(next.map(|token| logits[token - first]));
+        })?;
+        for (found, sum) in found.iter_mut().zip(&sums) {
+            let sum = sum.value();
+            found.iter_mut().for_each(|logit| *logit -= sum);
+        }
+        Ok(found)
+    }
+
+    /// For every row of `hidden`, the logits of its `wanted` tokens; summed in another order than
+    /// [`Qwen3::visit_logits`].
+    ///
+    /// # Errors
+    /// As [`Qwen3::visit_logits`].
+    pub fn logits_of(&self, hidden: &[f32], wanted: &[&[u32]]) -> Result<Vec<Vec<f32>>, Error> {
+        self.check_head()?;
+        match &self.network {
+            Network::Packed(network) => {
+                let rows = hidden.chunks_exact(self.config.hidden_size);
+                Ok(rows.zip(wanted).map(|(row, tokens)| network.logits_of(row, tokens)).collect())
+            }
+            Network::Tensors(network) => network.logits_of(hidden, wanted),
+        }
+    }
+
+    fn check_head(&self) -> Result<(), Error> {
+        let there = match &self.network {
+            Network::Packed(network) => network.has_head(),
+            Network::Tensors(network) => network.has_head(),
+        };
+        if there {
+            return Ok(());
+        }
+        Err(Error::argument("the model has no output head, and cannot generate")
+            .help("it is an encoder; use it in `similarity`"))
     }
 
     fn check(&self, tokens: &[u32], before: usize) -> Result<(), Error> {
@@ -315,151 +281,4 @@ impl Qwen3 {
         }
         Ok(())
     }
-
-    /// Calls `one` for every owner of rows and every head of keys and values, each with its place in `out` (`[rows,
-    /// query_width]`) and a buffer.
-    fn attend(
-        &self,
-        rows: &[Range<usize>],
-        out: &mut [f32],
-        threads: usize,
-        one: impl Fn(usize, Shape, Out, &mut Vec<f32>) + Sync,
-    ) {
-        let config = &self.config;
-        let stride = config.query_width();
-        let shape =
-            |head| Shape { group: config.group(), head_dim: config.head_dim, kv_width: config.kv_width(), head };
-        if threads == 1 {
-            SCORES.with_borrow_mut(|scores| {
-                for (which, rows) in rows.iter().enumerate() {
-                    for head in 0..config.kv_heads {
-                        let data = &mut out[rows.start * stride + shape(head).first_query()..];
-                        one(which, shape(head), Out { data, stride }, scores);
-                    }
-                }
-            });
-            return;
-        }
-        let tasks: Vec<(usize, usize)> =
-            (0..rows.len()).flat_map(|which| (0..config.kv_heads).map(move |head| (which, head))).collect();
-        let width = config.group() * config.head_dim;
-        let apart = |&(which, head): &(usize, usize)| {
-            let mut data = vec![0.0; rows[which].len() * width];
-            let place = Out { data: &mut data, stride: width };
-            SCORES.with_borrow_mut(|scores| one(which, shape(head), place, scores));
-            data
-        };
-        let results: Vec<Vec<f32>> = tasks.par_iter().map(apart).collect();
-        for (&(which, head), result) in tasks.iter().zip(results) {
-            for (row, values) in rows[which].clone().zip(result.chunks_exact(width)) {
-                let start = row * stride + shape(head).first_query();
-                out[start..start + width].copy_from_slice(values);
-            }
-        }
-    }
-
-    /// From tokens to hidden states after the last norm; `attend` stores keys and values, and fills in attention.
-    /// With `kept` (ascending), only those rows leave the last layer.
-    fn forward(
-        &self,
-        tokens: &[u32],
-        positions: &[usize],
-        kept: Option<&[usize]>,
-        threads: usize,
-        mut attend: impl FnMut(usize, Projected, &mut [f32]),
-    ) -> Vec<f32> {
-        let c = &self.config;
-        let (width, eps) = (c.hidden_size, c.rms_norm_eps as f32);
-        let (query_width, kv_width) = (c.query_width(), c.kv_width());
-        let mut work = WORK.take();
-        let mut count = tokens.len();
-        let mut x = room(&mut work.x, count * width);
-        for (row, token) in x.chunks_exact_mut(width).zip(tokens) {
-            self.embeddings.read(*token as usize * width, row);
-        }
-        let mut normed = room(&mut work.normed, count * width);
-        let qkv = room(&mut work.qkv, count * (query_width + 2 * kv_width));
-        let mut attended = room(&mut work.attended, count * query_width);
-        for (index, layer) in self.layers.iter().enumerate() {
-            ops::rms_norm(x, &layer.input_norm, eps, normed);
-            product(normed, &layer.qkv, qkv, Accumulate::No, threads);
-            self.turn(layer, qkv, positions);
-            attend(index, Projected { rows: qkv, query_width, kv_width }, attended);
-            if let Some(kept) = kept.filter(|_| index + 1 == self.layers.len()) {
-                count = kept.len();
-                x = gather(x, width, kept);
-                attended = gather(attended, query_width, kept);
-                normed = &mut normed[..count * width];
-            }
-            product(attended, &layer.output, x, Accumulate::Yes, threads);
-            ops::rms_norm(x, &layer.post_norm, eps, normed);
-            let gated = room(&mut work.gated, count * c.intermediate_size);
-            gate(layer, normed, count, &mut work.gate_up, gated, threads);
-            product(gated, &layer.down, x, Accumulate::Yes, threads);
-        }
-        ops::rms_norm(x, &self.norm, eps, normed);
-        let hidden = normed.to_vec();
-        WORK.set(work);
-        hidden
-    }
-
-    /// Norms and turns the heads of queries and keys, and scales the queries.
-    fn turn(&self, layer: &Layer, qkv: &mut [f32], positions: &[usize]) {
-        let c = &self.config;
-        let (q, kv, eps) = (c.query_width(), c.kv_width(), c.rms_norm_eps as f32);
-        let scale = 1.0 / (c.head_dim as f32).sqrt();
-        let mut buffer = Vec::new();
-        for (row, position) in qkv.chunks_exact_mut(q + 2 * kv).zip(positions) {
-            let (cos, sin) = self.rotary.at(*position, &mut buffer);
-            let (queries, keys) = row[..q + kv].split_at_mut(q);
-            ops::norm_and_rotate(queries, &layer.query_norm, eps, cos, sin, scale);
-            ops::norm_and_rotate(keys, &layer.key_norm, eps, cos, sin, 1.0);
-        }
-    }
-}
-
-/// `out = silu(x · gate) · (x · up)`, some columns at a time, so that what is between stays in the cache.
-fn gate(layer: &Layer, x: &[f32], rows: usize, gate_up: &mut Vec<f32>, out: &mut [f32], threads: usize) {
-    let width = layer.gate.cols();
-    let columns = (threads * GATES_AT_ONCE / rows.max(1) / WIDTH).max(4) * WIDTH;
-    let x = Rows::dense(x, layer.gate.inner());
-    for start in (0..width).step_by(columns) {
-        let end = (start + columns).min(width);
-        let (count, stride) = (end - start, 2 * (end - start));
-        let both = room(gate_up, rows * stride);
-        matmul(x, layer.gate.view().columns(start, end), RowsMut { data: both, stride }, Accumulate::No, threads);
-        let beside = RowsMut { data: &mut both[count..], stride };
-        matmul(x, layer.up.view().columns(start, end), beside, Accumulate::No, threads);
-        ops::gate(both, count, &mut out[start..], width);
-    }
-}
-
-impl Layer {
-    fn load(weights: &Weights, layer: usize) -> Result<Self, Error> {
-        let get = |name: &str| weights.get(&format!("model.layers.{layer}.{name}.weight"));
-        Ok(Self {
-            input_norm: get("input_layernorm")?.vector(),
-            qkv: weights::pack(&[get("self_attn.q_proj")?, get("self_attn.k_proj")?, get("self_attn.v_proj")?]),
-            query_norm: get("self_attn.q_norm")?.vector(),
-            key_norm: get("self_attn.k_norm")?.vector(),
-            output: weights::pack(&[get("self_attn.o_proj")?]),
-            post_norm: get("post_attention_layernorm")?.vector(),
-            gate: weights::pack(&[get("mlp.gate_proj")?]),
-            up: weights::pack(&[get("mlp.up_proj")?]),
-            down: weights::pack(&[get("mlp.down_proj")?]),
-        })
-    }
-}
-
-fn product(x: &[f32], w: &Panels, out: &mut [f32], accumulate: Accumulate, threads: usize) {
-    let target = RowsMut { data: out, stride: w.cols() };
-    matmul(Rows::dense(x, w.inner()), w.view(), target, accumulate, threads);
-}
-
-/// Moves the rows of these numbers (ascending) to the front, and leaves the others out.
-fn gather<'a>(rows: &'a mut [f32], width: usize, kept: &[usize]) -> &'a mut [f32] {
-    for (to, from) in kept.iter().enumerate() {
-        rows.copy_within(from * width..(from + 1) * width, to * width);
-    }
-    &mut rows[..kept.len() * width]
 }

@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use candle_core::{DType, Device};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -76,7 +77,21 @@ impl Weights {
         }
         let wanted = config.tensors().into_iter().filter(|(name, _)| !(bare && name == "lm_head.weight"));
         weights.check(wanted)?;
+        weights.check_layers(config.layers)?;
         Ok(weights)
+    }
+
+    /// Checks that no layer is stored beyond the first `layers`: a model cut short computes something else.
+    fn check_layers(&self, layers: usize) -> Result<(), Error> {
+        let number = |name: &str| name.split_once("layers.")?.1.split('.').next()?.parse::<usize>().ok();
+        match self.tensors.keys().filter_map(|name| number(name)).max() {
+            Some(last) if last >= layers => Err(Error::model(
+                &self.folder,
+                format!("the weights have {} layers, and config.json says {layers}", last + 1),
+            )
+            .help("config.json and the weights are of different models")),
+            _ => Ok(()),
+        }
     }
 
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names.
@@ -239,6 +254,11 @@ impl Tensor {
 
     pub fn shape(&self) -> &[usize] {
         &self.shape
+    }
+
+    /// The tensor on a device, in another type if need be.
+    pub fn on(&self, device: &Device, dtype: DType) -> Result<candle_core::Tensor, candle_core::Error> {
+        candle_core::Tensor::from_raw_buffer(self.bytes(), self.dtype.into(), &self.shape, device)?.to_dtype(dtype)
     }
 }
 

@@ -1,7 +1,5 @@
 //! Conversations as rows: put to a model on this machine, or to a server that speaks OpenAI's `/v1/chat/completions`.
 
-use std::sync::{Arc, Mutex};
-
 use grlm_nn::chat::{Answering, ChatModel, Message};
 use serde_json::{Map, Value, json};
 
@@ -11,6 +9,7 @@ use super::{
 };
 use crate::{
     Compat, StageContext, StageError,
+    compute::PerDevice,
     endpoint::{Endpoint, gather},
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
@@ -40,7 +39,9 @@ enum Place {
     Folder {
         /// What tells the model apart.
         identity: String,
-        loaded: Mutex<Option<Arc<ChatModel>>>,
+        /// What computes, as it stands in the keys of rows.
+        device: &'static str,
+        loaded: PerDevice<ChatModel>,
     },
     Server(Option<Box<Endpoint>>),
 }
@@ -58,7 +59,7 @@ impl<'a> Asker<'a> {
             Some(_) => Place::Server(None),
             None => {
                 let identity = cx.model_identity(PLACE, &model.name())?;
-                Place::Folder { identity, loaded: Mutex::default() }
+                Place::Folder { identity, device: model.dtype.key(cx), loaded: PerDevice::new(cx) }
             }
         };
         Ok(Self { model, compat, place, max_failed_rows })
@@ -77,7 +78,7 @@ impl<'a> Asker<'a> {
                     .json("extra", &Value::Object(model.extra_body.clone())),
                 PIECE_PER_REQUEST * model.concurrency,
             ),
-            Place::Folder { identity, .. } => (recipe.text("model", identity).text("device", "cpu"), PIECE),
+            Place::Folder { identity, device, .. } => (recipe.text("model", identity).text("device", device), PIECE),
         };
         let decoding = json!({
             "compat": self.compat,
@@ -128,14 +129,9 @@ impl<'a> Asker<'a> {
                 let (folder, loaded) = (folder.as_path(), &*loaded);
                 rows::run(cx, &job, |device: RowDevice| {
                     let pool = device.pool()?;
-                    let mut loaded = loaded.lock().map_err(|_| StageError::bug("loading the model panicked"))?;
-                    let chat = match &*loaded {
-                        Some(chat) => Arc::clone(chat),
-                        None => {
-                            let chat = pool.install(|| ChatModel::load(folder))?;
-                            loaded.insert(Arc::new(chat)).clone()
-                        }
-                    };
+                    let place = model.dtype.on(device.device);
+                    let load = || pool.install(|| ChatModel::load_on(folder, place));
+                    let chat = loaded.get(device.device, load)?;
                     Ok(Local { chat, pool, how: answering(model, compat), start: &start })
                 })?
             }
@@ -168,7 +164,7 @@ fn bytes(dialogue: Dialogue) -> RowResult {
 
 /// A model on this machine.
 struct Local<'a, S> {
-    chat: Arc<ChatModel>,
+    chat: &'a ChatModel,
     pool: rayon::ThreadPool,
     how: Answering,
     start: &'a S,

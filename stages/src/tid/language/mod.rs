@@ -15,8 +15,8 @@ use super::{Found, parse, prompt};
 use crate::{
     Compat, ParamIssue, StageContext, StageError,
     artifact::{Item, ItemId, Neighbor},
+    compute::Dtype,
     endpoint, model_folder,
-    similarity::Dtype,
 };
 
 mod ask;
