@@ -81,6 +81,8 @@ pub trait StageKind: Send + Sync {
     /// # Errors
     /// As for `resolve_params`.
     fn resources(&self, params: &Value) -> Result<Resources, Vec<ParamError>>;
+    /// As [`Stage::fitting`].
+    fn fitting(&self, params: &Value, memory: u64) -> Option<String>;
     /// As [`Stage::check_ports`]; nothing, if the parameters are not as `resolve_params` returned them.
     fn check_ports(&self, params: &Value, inputs: &[&str], outputs: &[&str]) -> Vec<ParamError>;
     /// # Errors
@@ -125,7 +127,9 @@ impl<S: Stage> StageKind for Erased<S> {
     }
 
     fn params_schema(&self) -> Schema {
-        schemars::schema_for!(S::Params)
+        let mut schema = schemars::schema_for!(S::Params);
+        schemars::transform::transform_subschemas(&mut shorten_default, &mut schema);
+        schema
     }
 
     fn resolve_params(&self, with: &Value) -> Result<Value, Vec<ParamError>> {
@@ -145,6 +149,10 @@ impl<S: Stage> StageKind for Erased<S> {
         Self::parse(params).map(|p| S::resources(&p))
     }
 
+    fn fitting(&self, params: &Value, memory: u64) -> Option<String> {
+        S::fitting(&Self::parse(params).ok()?, memory)
+    }
+
     fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>> {
         Self::parse(params).map(|p| S::models(&p))
     }
@@ -162,6 +170,31 @@ impl<S: Stage> StageKind for Erased<S> {
     }
 }
 
+/// Defaults of 32 bits are written with the digits that tell them apart, and not with those of 64.
+fn shorten_default(schema: &mut Schema) {
+    if let Some(default) = schema.get_mut("default") {
+        shorten(default);
+    }
+    schemars::transform::transform_subschemas(&mut shorten_default, schema);
+}
+
+fn shorten(value: &mut Value) {
+    match value {
+        Value::Array(values) => values.iter_mut().for_each(shorten),
+        Value::Object(values) => values.values_mut().for_each(shorten),
+        Value::Number(number) => {
+            let Some(wide) = number.as_f64().filter(|_| number.is_f64()) else { return };
+            let narrow = wide as f32;
+            if f64::from(narrow) == wide
+                && let Some(short) = narrow.to_string().parse().ok().and_then(serde_json::Number::from_f64)
+            {
+                *number = short;
+            }
+        }
+        _ => {}
+    }
+}
+
 fn in_one_line(issues: Vec<ParamError>) -> StageError {
     let lines: Vec<String> = issues.into_iter().map(|i| format!("`{}`: {}", i.path, i.message)).collect();
     StageError::params(lines.join("; "))
@@ -170,6 +203,14 @@ fn in_one_line(issues: Vec<ParamError>) -> StageError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn defaults_are_written_as_their_authors_wrote_them() {
+        let schema = kind("sasrec").unwrap().params_schema().to_value();
+        let default = |name: &str| schema["properties"][name]["default"].to_string();
+        assert_eq!((default("temperature"), default("averaging")), ("0.08".into(), "0.998".into()));
+        assert_eq!((default("lr"), default("epochs")), ("0.001".into(), "60".into()));
+    }
 
     #[test]
     fn names_are_unique_and_every_kind_has_a_code_digest() {

@@ -34,6 +34,12 @@ pub trait Stage: Send + Sync + 'static {
         Resources::default()
     }
 
+    /// What to change so that an attempt needs no more than `memory` bytes, in words, where [`Stage::resources`] asks
+    /// for more.
+    fn fitting(_params: &Self::Params, _memory: u64) -> Option<String> {
+        None
+    }
+
     /// Mistakes that types cannot express (a beam count of 0, two exclusive options). Found before anything runs.
     fn check(_params: &Self::Params) -> Vec<ParamIssue> {
         Vec::new()

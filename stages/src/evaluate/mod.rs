@@ -70,6 +70,11 @@ impl Default for Params {
     }
 }
 
+/// Inputs that are not rankings.
+const OWN_PORTS: [&str; 2] = ["holdout", "tid2item_id"];
+const NO_RANKINGS: &str = "no rankings to evaluate";
+const CONNECT: &str = "connect at least one model's rankings, for example `inputs: { lm: generate.rankings }`";
+
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
     const SUMMARY: &'static str = "recall, NDCG and hit positions of one or more models, with intervals and by group";
@@ -109,6 +114,13 @@ impl Stage for Evaluate {
         issues
     }
 
+    fn check_ports(_: &Params, inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {
+        match inputs.iter().any(|port| !OWN_PORTS.contains(port)) {
+            true => Vec::new(),
+            false => vec![ParamIssue::new("", NO_RANKINGS).help(CONNECT)],
+        }
+    }
+
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let holdout = read_holdout(cx, params)?;
         let users: Vec<&Holdout> = holdout.iter().collect();
@@ -116,12 +128,11 @@ impl Stage for Evaluate {
         let mapper = read_mapper(cx, params)?;
         let models: Vec<(String, std::path::PathBuf)> = cx
             .inputs()
-            .filter(|(port, _)| !["holdout", "tid2item_id"].contains(port))
+            .filter(|(port, _)| !OWN_PORTS.contains(port))
             .map(|(port, path)| (port.to_owned(), path.to_owned()))
             .collect();
         if models.is_empty() {
-            return Err(StageError::params("no rankings to evaluate")
-                .help("connect at least one model's rankings, for example `inputs: { lm: generate.rankings }`"));
+            return Err(StageError::params(NO_RANKINGS).help(CONNECT));
         }
 
         let pool = threads::pool(cx)?;
@@ -390,6 +401,12 @@ mod tests {
         refuses(run("evaluate", json!({}), &[("holdout", HOLDOUT), ("lm", cut)]), &["input-lm:3"]);
         let inputs = [("holdout", HOLDOUT), ("lm", RANKINGS), ("tid2item_id", "[1]")];
         refuses(run("evaluate", json!({"mapping": "reference"}), &inputs), &["input-tid2item_id:1"]);
+    }
+
+    #[test]
+    fn rankings_are_missed_when_planning() {
+        assert_eq!(Evaluate::check_ports(&Params::default(), &["holdout", "tid2item_id"], &[]).len(), 1);
+        assert!(Evaluate::check_ports(&Params::default(), &["holdout", "lm"], &[]).is_empty());
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl Downloader {
         let told: Vec<String> =
             candidates.iter().map(|c| format!("{}: {}", c.address, c.last.as_deref().unwrap_or("not tried"))).collect();
         let message = told.join("; ");
-        let help = "without network, put the file on this machine and set `with.from` to its path";
+        let help = "without network, put the file on this machine and connect it: `--set STAGE.inputs.file.file=PATH`";
         Err(if candidates.iter().all(|c| c.refused) {
             StageError::params(message).help(format!("is the address right? {help}"))
         } else {
@@ -361,7 +361,7 @@ mod tests {
         let error = Scratch::new().download(&[&format!("http://127.0.0.1:{port}/x")], Some(&digest())).unwrap_err();
         assert_eq!(error.failure(), Failure::Environment);
         assert!(error.to_string().contains(&port.to_string()), "{error}");
-        assert!(error.help_text().unwrap().contains("`with.from`"));
+        assert!(error.help_text().unwrap().contains("inputs.file.file=PATH"));
     }
 
     #[test]

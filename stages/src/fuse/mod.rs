@@ -150,15 +150,25 @@ impl Stage for Fuse {
         issues
     }
 
+    fn check_ports(params: &Params, inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {
+        let mut issues = Vec::new();
+        if inputs.len() < 2 {
+            issues.push(ParamIssue::new("", too_few(inputs.len())).help(CONNECT));
+        }
+        for name in params.weights.iter().flat_map(|weights| weights.keys()) {
+            if !inputs.contains(&name.as_str()) {
+                let issue = ParamIssue::new(format!("weights.{name}"), "is the weight of no input");
+                issues.push(issue.help(format!("the inputs are {}", inputs.join(", "))));
+            }
+        }
+        issues
+    }
+
     fn run(params: &Params, cx: &mut StageContext) -> Result<(), StageError> {
         let inputs: Vec<(String, PathBuf)> =
             cx.inputs().map(|(name, path)| (name.to_owned(), path.to_owned())).collect();
         if inputs.len() < 2 {
-            return Err(StageError::params(format!(
-                "{} rankings to fuse",
-                if inputs.is_empty() { "no" } else { "only one" }
-            ))
-            .help("connect two or more, for example `inputs: { lm: generate.rankings, sasrec: sasrec.rankings }`"));
+            return Err(StageError::params(too_few(inputs.len())).help(CONNECT));
         }
         let weights = given_weights(params, &inputs)?;
         let corpus = Corpus::read(&inputs, cx)?;
@@ -175,10 +185,24 @@ impl Stage for Fuse {
             check_valid(valid, &inputs)?;
         }
         let chosen = pool.install(|| search.run(valid, inputs.len()));
-        cx.info(format!("chosen on the validation items of {} users: {}", valid.users(), describe(&chosen, &inputs)));
+        cx.info(match params.is_fixed() {
+            true => format!("as given: {}", describe(&chosen, &inputs)),
+            false => {
+                format!("chosen on the validation items of {} users: {}", valid.users(), describe(&chosen, &inputs))
+            }
+        });
+        for split in &params.splits {
+            check_split(*split, corpus.table(*split), &chosen, &inputs)?;
+        }
         write_rankings(params, &corpus, &chosen, &pool, cx)?;
         write_report(params, &search, &chosen, valid, &inputs, cx)
     }
+}
+
+const CONNECT: &str = "connect two or more, for example `inputs: { lm: generate.rankings, sasrec: sasrec.rankings }`";
+
+fn too_few(rankings: usize) -> String {
+    format!("{} rankings to fuse", if rankings == 0 { "no" } else { "only one" })
 }
 
 /// The weights of `params`, in the order of the inputs.
@@ -207,6 +231,21 @@ fn check_valid(valid: &Table, inputs: &[(String, PathBuf)]) -> Result<(), StageE
             .help(
                 "give `splits: [valid, test]` to the stage that wrote it, or `weights`, one method and one depth here",
             ));
+        }
+    }
+    Ok(())
+}
+
+/// A model that has a weight must have lists to be weighed.
+fn check_split(split: Split, table: &Table, chosen: &Chosen, inputs: &[(String, PathBuf)]) -> Result<(), StageError> {
+    let name = match split {
+        Split::Valid => "valid",
+        Split::Test => "test",
+    };
+    for (model, (_, path)) in inputs.iter().enumerate() {
+        if chosen.weights[model] > 0.0 && table.ranked_by(model) == 0 {
+            return Err(StageError::input(path, format!("holds no rankings for the split `{name}`"))
+                .help(format!("take `{name}` out of `splits` here, or add it to those of the stage that wrote it")));
         }
     }
     Ok(())
@@ -276,7 +315,7 @@ fn write_report(
         report["valid"] = json!({
             "users": valid.users(),
             "fused": fused,
-            "alone": by_model(&|model| json!(search.alone(valid, model))),
+            "alone": by_model(&|model| json!((valid.ranked_by(model) > 0).then(|| search.alone(valid, model)))),
         });
         cx.metric(&format!("valid.{name}"), fused, None);
     }

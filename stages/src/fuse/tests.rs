@@ -119,6 +119,15 @@ fn bad_input_is_refused() {
     let (test_only, _) = halves(&["test"]);
     refuses(run("fuse", json!({}), &[("a", &a)]), &["only one", "two or more"]);
     refuses(run("fuse", json!({}), &[("a", &a), ("b", &test_only)]), &["input-b", "validation", "splits"]);
+    let fixed = |splits: Value| json!({"weights": {"a": 1.0, "b": 0.5}, "methods": ["min_max"], "depths": [20], "splits": splits});
+    let (valid_only, _) = halves(&["valid"]);
+    let lacking = [("a", a.as_str()), ("b", valid_only.as_str())];
+    refuses(run("fuse", fixed(json!(["test"])), &lacking), &["input-b", "split `test`", "splits"]);
+    let given = run("fuse", fixed(json!(["test"])), &[("a", &test_only), ("b", &test_only)]).unwrap();
+    assert!(given.logs().iter().any(|l| l.starts_with("as given: min_max at depth 20")), "{:?}", given.logs());
+    let ports =
+        |inputs: &[&str]| Fuse::check_ports(&serde_json::from_value(fixed(json!(["test"]))).unwrap(), inputs, &[]);
+    assert_eq!((ports(&["a"]).len(), ports(&["a", "b"]).len(), ports(&["a", "c"]).len()), (2, 0, 1));
     refuses(run("fuse", json!({"weights": {"c": 1.0}}), &[("a", &a), ("b", &b)]), &["`c`", "a, b"]);
     refuses(run("fuse", json!({"weights": {"a": 0.0}}), &[("a", &a), ("b", &b)]), &["all `weights` are 0"]);
     refuses(

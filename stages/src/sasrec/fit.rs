@@ -78,7 +78,7 @@ fn train(
             Err(e) => return Err(failed(e)),
         }
     }
-    let total = session.max_epochs() * session.steps_per_epoch() as u64;
+    let total = session.max_epochs().saturating_mul(session.steps_per_epoch() as u64);
     let (mut shown, mut saved) = (Instant::now(), Instant::now());
     loop {
         if cx.stop_flag().is_set() {

@@ -173,7 +173,7 @@ impl Params {
 
     /// How a model is trained, given the number of steps that an epoch has.
     pub fn training(&self, steps_per_epoch: usize) -> Training {
-        let steps = self.epochs * steps_per_epoch as u64;
+        let steps = self.epochs.saturating_mul(steps_per_epoch as u64);
         Training {
             loss: match self.loss {
                 LossKind::Full => Loss::Full,
@@ -209,6 +209,9 @@ impl Params {
         );
         if self.splits.is_empty() {
             issues.push(ParamIssue::new("splits", "nothing to rank for").help("give `test`, `valid` or both"));
+        }
+        if self.splits.iter().enumerate().any(|(i, split)| self.splits[..i].contains(split)) {
+            issues.push(ParamIssue::new("splits", "a split stands twice"));
         }
         issues
     }

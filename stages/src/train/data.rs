@@ -111,6 +111,12 @@ pub fn layout(
         return Err(StageError::input(&file.path, format!("a sample that is not lines of five words: `{shown}…`"))
             .help("one token a word is for `sft_rec` with `format: compact` alone; use `tokens: model`"));
     }
+    if let (true, Some(template)) = (words, params.template.fixed().filter(|t| *t != ChatTemplate::None)) {
+        return Err(StageError::params(format!(
+            "samples of one token a word have no template, and `template` is {template:?}"
+        ))
+        .help("leave `template` out, or use `tokens: model`"));
+    }
     let template = match (params.template.fixed(), params.method, &before) {
         (Some(template), _, _) => template,
         (None, _, Some(info)) => info.template,
@@ -173,6 +179,10 @@ pub struct Counts {
     pub cut: u64,
     /// Without a response, and left out.
     pub silent: u64,
+    /// With a response for which the template left no room, and left out.
+    pub crowded: u64,
+    /// Learned tokens that stand for words which the tokenizer does not know.
+    pub unknown: u64,
 }
 
 impl Counts {
@@ -182,6 +192,8 @@ impl Counts {
         self.learned += other.learned;
         self.cut += other.cut;
         self.silent += other.silent;
+        self.crowded += other.crowded;
+        self.unknown += other.unknown;
     }
 
     pub fn facts(self) -> BTreeMap<&'static str, u64> {
@@ -220,10 +232,28 @@ pub fn corpus(
         if counts.silent > 0 {
             line += &format!("; {} without a response left out", counts.silent);
         }
-        if counts.cut + counts.silent > 0 {
+        if counts.crowded > 0 {
+            line += &format!("; {} without room for their response left out", counts.crowded);
+        }
+        if counts.unknown > 0 {
+            line += &format!("; {} of the learned tokens are words that the tokenizer does not know", counts.unknown);
+        }
+        if counts.cut + counts.silent + counts.crowded + counts.unknown > 0 {
             cx.warn(line)
         } else {
             cx.info(line)
+        }
+        if 2 * counts.unknown > counts.learned {
+            let message = format!(
+                "{} of {} learned tokens are words that the model's tokenizer does not know",
+                counts.unknown, counts.learned
+            );
+            return Err(StageError::input(&file.path, message)
+                .help("the model was made for another catalogue: train it on this one's samples from scratch"));
+        }
+        if samples.is_empty() && counts.crowded > 0 {
+            let message = format!("no response has room within {} tokens", params.max_length);
+            return Err(StageError::input(&file.path, message).help("raise `max_length`"));
         }
         if samples.is_empty() {
             return Err(StageError::input(&file.path, "no sample has a response to learn")
@@ -244,16 +274,23 @@ pub fn corpus(
 /// The tokenizer cannot take a text.
 pub fn tokenise(params: &Params, samples: &[Sample], layout: &Layout) -> Result<(Vec<Tokens>, Counts), StageError> {
     let laid: Vec<_> = samples.par_iter().map(|s| layout.sample(s)).collect::<Result<_, _>>()?;
+    let unknown = layout.tokenizer().id(special::WORDS_UNKNOWN).filter(|_| layout.tokenizer().is_of_words());
     let mut counts = Counts::default();
     let mut kept = Vec::with_capacity(samples.len());
     for (sample, laid) in samples.iter().zip(laid) {
         counts.cut += u64::from(laid.cut);
         let learned_from = if params.train_on_prompt { 1 } else { laid.learned_from.max(1) };
         let tokens = Tokens { tokens: laid.tokens, learned_from };
-        if tokens.targets() == 0 || (sample.output.is_empty() && !params.train_on_prompt) {
+        if sample.output.is_empty() && !params.train_on_prompt {
             counts.silent += 1;
             continue;
         }
+        if tokens.targets() == 0 {
+            counts.crowded += 1;
+            continue;
+        }
+        let learned = &tokens.tokens[learned_from..];
+        counts.unknown += learned.iter().filter(|token| Some(**token) == unknown).count() as u64;
         counts.samples += 1;
         counts.tokens += tokens.tokens.len() as u64;
         counts.learned += tokens.targets() as u64;

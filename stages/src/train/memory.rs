@@ -9,8 +9,8 @@ use crate::{StageContext, StageError, machine};
 ///
 /// # Errors
 /// More than the machine has free; with the parameters that would fit.
-pub fn check(params: &Params, config: &Config, cx: &mut StageContext) -> Result<(), StageError> {
-    let needed = params.memory_of(config, cx.out_of_memory_before());
+pub fn check(params: &Params, config: &Config, longest: usize, cx: &mut StageContext) -> Result<(), StageError> {
+    let needed = params.memory_of(config, longest, cx.out_of_memory_before());
     let free = machine::available_memory();
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
     match free {
@@ -19,7 +19,7 @@ pub fn check(params: &Params, config: &Config, cx: &mut StageContext) -> Result<
             gib(needed),
             gib(free)
         ))
-        .help(advice(params, config, free))),
+        .help(advice(params, config, longest, free))),
         _ => {
             cx.info(format!("about {} of memory", gib(needed)));
             Ok(())
@@ -28,25 +28,26 @@ pub fn check(params: &Params, config: &Config, cx: &mut StageContext) -> Result<
 }
 
 /// The least change of parameters that would fit.
-fn advice(params: &Params, config: &Config, free: u64) -> String {
+pub fn advice(params: &Params, config: &Config, longest: usize, free: u64) -> String {
+    let fits = |tried: &Params| tried.memory_of(config, longest, 0) <= free;
     let mut tried = params.clone();
     if !tried.gradient_checkpointing {
         tried.gradient_checkpointing = true;
-        if tried.memory_of(config, 0) <= free {
+        if fits(&tried) {
             return "`gradient_checkpointing: true` would fit".into();
         }
     }
-    while tried.batch > 1 && tried.memory_of(config, 0) > free {
+    while tried.batch > 1 && !fits(&tried) {
         tried.batch /= 2;
     }
     let accumulation = params.accumulation * params.batch / tried.batch;
     let small = format!("`gradient_checkpointing: true`, `batch: {}`, `accumulation: {accumulation}`", tried.batch);
-    if tried.memory_of(config, 0) <= free {
+    if fits(&tried) {
         return format!("{small} would fit, and train the same");
     }
     if params.method == Method::Full {
         tried.method = Method::Lora;
-        if tried.memory_of(config, 0) <= free {
+        if fits(&tried) {
             return format!("`method: lora`, {small} would fit");
         }
     }
@@ -61,14 +62,14 @@ mod tests {
     fn advice_is_the_least_change_that_fits() {
         let params = Params { method: Method::Full, batch: 64, ..Params::default() };
         let config = params.architecture.config(8192, 1024);
-        let whole = params.memory_of(&config, 0);
-        let advised = |free: u64| advice(&params, &config, free);
+        let whole = params.memory_of(&config, 300, 0);
+        let advised = |free: u64| advice(&params, &config, 300, free);
         assert_eq!(advised(whole * 9 / 10), "`gradient_checkpointing: true` would fit");
         let lean = Params { gradient_checkpointing: true, batch: 1, ..params.clone() };
-        let least = lean.memory_of(&config, 0);
+        let least = lean.memory_of(&config, 300, 0);
         let words = advised(least);
         assert!(words.contains("`batch: 1`") && words.contains("train the same"), "{words}");
-        let lora = Params { method: Method::Lora, ..lean }.memory_of(&config, 0);
+        let lora = Params { method: Method::Lora, ..lean }.memory_of(&config, 300, 0);
         assert!(lora < least && advised(lora).contains("`method: lora`"));
         assert!(advised(1000).contains("smaller model"));
     }

@@ -51,7 +51,8 @@ impl Stage for Train {
         let model = match params.method {
             Method::Scratch => None,
             _ if params.model.is_some() => None,
-            _ => Some(Input::required("model", Artifact::Checkpoint, "the model to start from: a Hugging Face folder")),
+            // That one of both is needed is said by `check_ports`, which names the parameter first.
+            _ => Some(Input::optional("model", Artifact::Checkpoint, "the model to start from, without `model`")),
         };
         let inputs = [
             Input::required("sft", Artifact::Sft, "samples to learn from"),
@@ -67,7 +68,7 @@ impl Stage for Train {
             inputs.into_iter().chain(model),
             [
                 Output::new("checkpoint", Artifact::Checkpoint, "checkpoint", "the model, as a Hugging Face folder"),
-                Output::new("curve", Artifact::Curve, "curve.jsonl", "losses, learning rate and speed by step"),
+                Output::new("curve", Artifact::Curve, "curve.jsonl", "losses and learning rate by step"),
             ],
         )
         .with_open_inputs(Artifact::Sft)
@@ -80,16 +81,44 @@ impl Stage for Train {
         }
     }
 
+    fn fitting(params: &Params, memory: u64) -> Option<String> {
+        let config = params.config_at_hand()?;
+        (params.memory() > memory).then(|| memory::advice(params, &config, params.max_length, memory))
+    }
+
     fn check(params: &Params) -> Vec<ParamIssue> {
         params.check()
     }
 
     fn check_ports(params: &Params, inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {
-        if params.backend == Backend::Llamafactory && inputs.contains(&"holdout") {
-            let issue = ParamIssue::new("backend", "LlamaFactory cannot validate on held-out items");
-            return vec![issue.help("connect `valid`, or set `validation.share`, in place of the input `holdout`")];
+        let validation = &params.validation;
+        let mut issues = llamafactory::settings::check_ports(params, inputs);
+        if params.method != Method::Scratch && params.model.is_none() && !inputs.contains(&"model") {
+            let (message, help) = without_model(params.method);
+            issues.push(ParamIssue::new("method", message).help(help));
         }
-        Vec::new()
+        for name in params.weights.keys().filter(|name| !inputs.contains(&name.as_str())) {
+            let issue = ParamIssue::new(format!("weights.{name}"), "is the weight of no input");
+            issues.push(issue.help("weights are by the names of inputs that hold samples, such as `sft`"));
+        }
+        if inputs.contains(&"holdout") && inputs.contains(&"valid") {
+            let issue = ParamIssue::new("", "both `holdout` and `valid` are connected, and one of them is looked at");
+            issues.push(issue.help("leave one of them out"));
+        }
+        if inputs.contains(&"holdout") && !inputs.contains(&"id2meta") {
+            let issue = ParamIssue::new("", "held-out items, and no `id2meta` to name them");
+            issues.push(issue.help("connect `id2meta` too"));
+        }
+        if validation.recall && !inputs.contains(&"holdout") {
+            let issue = ParamIssue::new("validation.recall", "needs held-out items");
+            issues.push(issue.help("connect `holdout` and `id2meta`"));
+        }
+        let nothing = !inputs.contains(&"holdout") && !inputs.contains(&"valid") && validation.share == 0.0;
+        if validation.patience.is_some() && nothing {
+            let issue = ParamIssue::new("validation.patience", "there is nothing to validate on");
+            issues.push(issue.help("connect `holdout` or `valid`, or set `validation.share`"));
+        }
+        issues
     }
 
     fn models(params: &Params) -> BTreeMap<String, String> {
@@ -104,6 +133,10 @@ impl Stage for Train {
             Some(name) => Some(cx.model("model", name)?),
             None => cx.optional_input("model").map(Path::to_owned),
         };
+        if base.is_none() && params.method != Method::Scratch {
+            let (message, help) = without_model(params.method);
+            return Err(StageError::params(message).help(help));
+        }
         let layout = pool.install(|| data::layout(params, &files, id2meta.as_ref(), base.as_deref()))?;
         if let (Backend::Llamafactory, Some(base)) = (params.backend, &base) {
             return llamafactory::train(params, &files, &layout, base, cx);
@@ -113,7 +146,13 @@ impl Stage for Train {
         cx.check_stop()?;
         let validation = validation::build(params, &layout, id2meta.as_ref(), &mut corpus, cx)?;
 
-        let mut model = begin(params, &layout, base.as_deref(), cx)?;
+        let step = params.batch * params.accumulation;
+        if step > corpus.epoch_len() {
+            cx.warn(format!("a step of {step} samples is more than an epoch has: it takes {}", corpus.epoch_len()));
+        }
+        let params = &params.fitted(corpus.epoch_len());
+        let longest = corpus.samples().chain(&validation.samples).map(|s| s.tokens.len()).max().unwrap_or(0);
+        let mut model = begin(params, &layout, base.as_deref(), longest, cx)?;
         if params.normalize == Normalize::Allowed {
             let catalogue = Catalogue::new(params, &layout, id2meta.as_ref())?;
             let trie = catalogue.trie_for_losses(&layout, &corpus)?;
@@ -145,33 +184,41 @@ impl Stage for Train {
     }
 }
 
+/// What is wrong where there is no model to start from, and what to do.
+fn without_model(method: Method) -> (String, &'static str) {
+    let help = "set `model: Qwen/Qwen3-0.6B` (or another repository of the hub, or a folder) under `with`, or connect \
+                the input `model`: the `checkpoint` of another `train`";
+    (format!("`method: {}` needs a model to start from", method.name()), help)
+}
+
 /// The model to train: new, or read from `base`.
-fn begin(params: &Params, layout: &Layout, base: Option<&Path>, cx: &mut StageContext) -> Result<Model, StageError> {
+fn begin(
+    params: &Params,
+    layout: &Layout,
+    base: Option<&Path>,
+    longest: usize,
+    cx: &mut StageContext,
+) -> Result<Model, StageError> {
     let tokenizer = layout.tokenizer();
     let (config, weights) = match base {
         None => {
             let mut config = params.architecture.config(tokenizer.size(), params.max_length);
             special_tokens(&mut config, tokenizer);
-            memory::check(params, &config, cx)?;
+            memory::check(params, &config, longest, cx)?;
             let weights = init::random(&config, params.seed);
             (config, weights)
         }
         Some(folder) => {
             let config = Config::load(folder)?;
-            if tokenizer.size() > config.vocab_size {
-                return Err(StageError::input(
-                    folder.join("tokenizer.json"),
-                    format!("has {} tokens, and the model {}", tokenizer.size(), config.vocab_size),
-                )
-                .help("tokenizer.json and config.json are of different models"));
-            }
+            check_tokenizer(tokenizer, &config, folder, cx)?;
             if params.max_length > config.max_positions {
                 return Err(StageError::params(format!(
                     "`max_length` is {}, and the model has {} positions",
                     params.max_length, config.max_positions
-                )));
+                ))
+                .help(format!("set `max_length: {}` or less", config.max_positions)));
             }
-            memory::check(params, &config, cx)?;
+            memory::check(params, &config, longest, cx)?;
             init::load(folder)?
         }
     };
@@ -183,6 +230,34 @@ fn begin(params: &Params, layout: &Layout, base: Option<&Path>, cx: &mut StageCo
     let (all, trained) = (model.weights.len(), model.trainable().len());
     cx.info(format!("{all} weights, {trained} numbers trained, {} tokens", model.config().vocab_size));
     Ok(model)
+}
+
+/// Whether a tokenizer can be that of the model that it lies beside.
+///
+/// # Errors
+/// It has more tokens than the model, or lacks the one that ends the model's texts.
+fn check_tokenizer(
+    tokenizer: &Tokenizer,
+    config: &Config,
+    folder: &Path,
+    cx: &mut StageContext,
+) -> Result<(), StageError> {
+    let (tokens, rows) = (tokenizer.size(), config.vocab_size);
+    let wrong = |what: String| {
+        let error = StageError::input(folder.join("tokenizer.json"), what);
+        Err(error.help("tokenizer.json and config.json are of different models"))
+    };
+    if tokens > rows {
+        return wrong(format!("has {tokens} tokens, and the model {rows}"));
+    }
+    if let Some(end) = config.eos_tokens.iter().find(|end| **end as usize >= tokens) {
+        return wrong(format!("has {tokens} tokens, and the model's texts end with token {end}"));
+    }
+    // Models leave some rows unused, to have a round number of them.
+    if tokens + tokens / 10 + 128 < rows {
+        cx.warn(format!("tokenizer.json has {tokens} tokens and the model {rows}: they may be of different models"));
+    }
+    Ok(())
 }
 
 /// Names the special tokens of a tokenizer that was made here in the configuration of its model.

@@ -5,8 +5,9 @@ use std::fs;
 use grlm_nn::qwen3::{Prompt, Qwen3, Wanted};
 use serde_json::{Value, json};
 
+use super::{Params, Train};
 use crate::{
-    Compat, Failure,
+    Compat, Failure, Stage,
     artifact::{CheckpointInfo, Id2Meta, SftFormat, TokenKind},
     lm::Layout,
     testing::{Bench, Ran, refuses},
@@ -251,6 +252,13 @@ fn bad_input_is_named() {
     refuses(run(one("x"), json!({"model": "no such"})), &["model"]);
     refuses(run(one("x"), json!({"weight_decay": -1})), &["weight_decay"]);
 
+    let nothing = json!({"validation": {"share": 0.1}, "epochs": 1});
+    refuses(run(one("x"), nothing), &["nothing is left to validate on", "validation.share"]);
+    let crowded = json!({"template": "qwen3", "max_length": 16, "tokens": "model"});
+    refuses(run(one("x"), crowded), &["no response has room within 16 tokens", "raise `max_length`"]);
+    let compact = json!([{"output": "a b c d e\n"}]);
+    refuses(run(compact, json!({"template": "qwen3"})), &["have no template", "tokens: model"]);
+
     // Longer than the context: counted, cut, and the answer stays.
     let long = json!([{"instruction": "Say", "input": "it ".repeat(900), "output": "yes"}]);
     let ran = run(long, json!({"epochs": 1, "max_length": 64})).unwrap();
@@ -258,6 +266,73 @@ fn bad_input_is_named() {
     assert_eq!(info.trained_from["samples_cut"], 1);
     assert!(info.trained_from["learned_tokens"].as_u64() >= Some(2), "{:?}", info.trained_from);
     assert!(ran.logs().iter().any(|l| l.contains("1 samples were longer than 64 tokens")));
+}
+
+#[test]
+fn words_that_a_model_does_not_know_are_not_learned() {
+    let first = bench(&builder("compact")).run("train", small(json!({"steps": 1}))).unwrap();
+    let elsewhere = |samples: Value| {
+        let params = small(json!({"method": "full", "steps": 1}));
+        Bench::new()
+            .input("sft", samples.to_string())
+            .input_path("model", first.path("checkpoint"))
+            .run("train", params)
+    };
+    let known = json!({"output": "kind0 w0-1 w0-2 w0-3 w0-4\n"});
+    let foreign = json!({"output": "foo bar baz qux quux\n"});
+    refuses(elsewhere(json!([foreign])), &["5 of 5 learned tokens", "another catalogue"]);
+    let ran = elsewhere(json!([known, known, foreign])).unwrap();
+    assert!(ran.logs().iter().any(|l| l.contains("5 of the learned tokens are words that")), "{:?}", ran.logs());
+}
+
+#[test]
+fn a_step_takes_no_sample_twice() {
+    let rec = builder("compact");
+    let ran = bench(&rec).run("train", small(json!({"epochs": 2, "batch": 64, "accumulation": 3}))).unwrap();
+    let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
+    assert_eq!((&info.trained_from["steps"], &info.trained_from["epochs"]), (&json!(2), &json!(2.0)));
+    assert!(ran.logs().iter().any(|l| l.contains("192 samples is more than an epoch has: it takes 40")));
+}
+
+#[test]
+fn inputs_that_contradict_each_other_are_found_before_the_run() {
+    let issues = |params: Value, inputs: &[&str]| {
+        let params = serde_json::from_value(params).unwrap();
+        Train::check_ports(&params, inputs, &[]).iter().map(|issue| format!("{issue:?}")).collect::<String>()
+    };
+    assert_eq!(issues(json!({}), &["sft", "holdout", "id2meta"]), "");
+    assert!(issues(json!({}), &["sft", "holdout", "valid", "id2meta"]).contains("both `holdout` and `valid`"));
+    assert!(issues(json!({}), &["sft", "holdout"]).contains("no `id2meta`"));
+    assert!(issues(json!({"validation": {"recall": true}}), &["sft"]).contains("held-out"));
+    assert!(issues(json!({"validation": {"patience": 2}}), &["sft"]).contains("nothing to validate on"));
+    assert!(issues(json!({"weights": {"other": 1}}), &["sft"]).contains("weight of no input"));
+}
+
+#[test]
+fn what_would_fit_is_known_before_the_run() {
+    let first = bench(&builder("compact")).run("train", small(json!({"steps": 1}))).unwrap();
+    let further = json!({"method": "full", "model": first.path("checkpoint"), "max_length": 512});
+    for params in [small(json!({})), further] {
+        let params: Params = serde_json::from_value(params).unwrap();
+        let needed = Train::resources(&params).memory;
+        assert!(needed > 1 << 20, "{needed}");
+        assert_eq!(Train::fitting(&params, needed), None);
+        assert!(Train::fitting(&params, needed / 2).unwrap().contains("`gradient_checkpointing: true`"));
+    }
+    let unknown: Params = serde_json::from_value(json!({"method": "full", "model": "Qwen/Qwen3-4B"})).unwrap();
+    assert_eq!((Train::resources(&unknown).memory, Train::fitting(&unknown, 1)), (0, None));
+}
+
+#[test]
+fn numbers_without_bounds_are_refused() {
+    let found = |params: Value| {
+        let params: Params = serde_json::from_value(params).unwrap();
+        params.check().iter().map(|issue| issue.path.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(found(json!({"batch": u64::MAX})), ["batch"]);
+    assert_eq!(found(json!({"batch": 100_000, "accumulation": 101})), ["batch"]);
+    assert_eq!(found(json!({"max_length": 1_000_000})), ["max_length"]);
+    assert_eq!(found(json!({"weights": {"sft": 1e9}})), ["weights.sft"]);
 }
 
 #[test]
@@ -277,7 +352,9 @@ fn a_model_that_does_not_fit_is_refused() {
     };
     refuses(with("hidden_size", json!(48)), &["has the shape", "different models"]);
     refuses(with("vocab_size", json!(9)), &["tokenizer.json", "and the model 9"]);
-    refuses(with("max_position_embeddings", json!(64)), &["64 positions"]);
+    refuses(with("max_position_embeddings", json!(64)), &["64 positions", "max_length: 64"]);
+    refuses(with("num_hidden_layers", json!(1)), &["have 2 layers", "says 1"]);
+    refuses(with("eos_token_id", json!(60_000)), &["tokenizer.json", "end with token 60000"]);
     fs::write(&config, &text).unwrap();
     fs::remove_file(folder.join("tokenizer.json")).unwrap();
     refuses(full(), &["tokenizer.json", "no such file"]);

@@ -71,6 +71,12 @@ pub fn build(
         }
         (None, _, None) => Validation { samples: share(settings, corpus, params.seed), users: Vec::new() },
     };
+    let asked = settings.share > 0.0 || cx.optional_input("valid").is_some();
+    if asked && validation.is_empty() {
+        return Err(StageError::params("nothing is left to validate on").help(
+            "`valid` needs samples with a response; `validation.share` of the samples must come to one at least",
+        ));
+    }
     if settings.recall && validation.users.is_empty() {
         return Err(
             StageError::params("`validation.recall` needs held-out items").help("connect `holdout` and `id2meta`")
@@ -135,7 +141,7 @@ fn held_out(
 }
 
 /// Moves a share of every source's samples out of the corpus.
-fn share(settings: &Settings, corpus: &mut Corpus, seed: u64) -> Vec<Tokens> {
+pub(super) fn share(settings: &Settings, corpus: &mut Corpus, seed: u64) -> Vec<Tokens> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut held = Vec::new();
     for source in &mut corpus.sources {

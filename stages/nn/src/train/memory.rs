@@ -8,8 +8,12 @@ use crate::qwen3::Config;
 pub struct Need {
     /// Numbers that are trained: all weights, or the adapters.
     pub trained: usize,
+    /// Whether an average of them is kept too.
+    pub averaged: bool,
     /// Tokens of the largest pass.
     pub pass_tokens: usize,
+    /// Positions whose angles are kept.
+    pub positions: usize,
     /// Whether layers are computed again in the backward pass.
     pub recompute: bool,
 }
@@ -19,7 +23,9 @@ pub fn bytes(config: &Config, need: Need) -> u64 {
     let weights = Layout::new(config).len;
     let frozen = need.trained < weights;
     // Gradients and two moments; adapters are merged into a copy of the weights at the end.
-    let held = weights + 3 * need.trained + if frozen { weights + need.trained } else { 0 };
+    let copies = if need.averaged { 4 } else { 3 };
+    let angles = need.positions * config.head_dim;
+    let held = weights + copies * need.trained + angles + if frozen { weights + need.trained } else { 0 };
     4 * (held + pass_numbers(config, need)) as u64
 }
 
@@ -66,7 +72,8 @@ mod tests {
             (0..8).for_each(|i| batch.push(&vec![i; 300], 1));
             let mut gradients = vec![0.0; model.weights.len()];
             model.loss_and_gradients(&batch, 1.0, DropoutRates::default(), &mut gradients);
-            let need = Need { trained: model.weights.len(), pass_tokens: batch.len(), recompute };
+            let trained = model.weights.len();
+            let need = Need { trained, averaged: false, pass_tokens: batch.len(), positions: 4096, recompute };
             let (stated, held) = (pass_numbers(&config, need), model.workspace_len());
             assert!((stated as f64 / held as f64 - 1.0).abs() < 0.02, "{stated} stated, {held} held");
         }

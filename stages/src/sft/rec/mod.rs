@@ -157,7 +157,7 @@ impl Stage for SftRec {
                 path,
                 format!("no user has {} usable items ({})", params.min_items, users.dropped.summary()),
             )
-            .help("the ids of `sequences` and `id2meta` must come from one catalogue"));
+            .help(users.dropped.advice()));
         }
         cx.check_stop()?;
 

@@ -72,6 +72,18 @@ impl Dropped {
     }
 
     /// One line that says all.
+    /// What to do about most of them.
+    pub fn advice(&self) -> &'static str {
+        let (unknown, invalid) = (self.unknown.count, self.invalid.count);
+        if invalid > unknown && invalid > self.too_short {
+            "the stage that made the TIDs says why items have none; give these a longer text, or `overrides` to `tid`"
+        } else if unknown > self.too_short {
+            "the ids of `sequences` and `id2meta` must come from one catalogue"
+        } else {
+            "histories are too short: `min_items` says how many items a user needs"
+        }
+    }
+
     pub fn summary(&self) -> String {
         let short = |what: &str| (self.too_short > 0).then(|| format!("{} {what}", self.too_short));
         if self.by_item {

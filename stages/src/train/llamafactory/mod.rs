@@ -9,21 +9,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use grlm_nn::{qwen3::Config, train::data::Corpus};
+use grlm_nn::qwen3::Config;
 use serde_json::{Value, json};
 
 use super::{data, params::Method, params::Params};
 use crate::{
     StageContext, StageError,
     artifact::{CheckpointInfo, CurvePoint, checkpoint::CHECKPOINT_VERSION, jsonl},
-    lm::{Layout, Sample},
+    lm::Layout,
+    threads,
 };
 
+mod dataset;
+mod fit;
 mod progress;
 mod run;
 pub mod settings;
 #[cfg(test)]
 mod tests;
+
+use dataset::Dataset;
 
 /// Trains, and writes the outputs.
 ///
@@ -40,60 +45,86 @@ pub fn train(
         return Err(StageError::params("LlamaFactory cannot validate on held-out items")
             .help("connect `valid`, or set `validation.share`, in place of `holdout`"));
     }
+    let template = settings::template(layout.settings())?;
     Config::load(base)?;
     let folder = Folder::new(cx.scratch())?;
-    let samples = mixed(params, files);
-    write_json(&folder.data.join("train.json"), &samples.iter().map(|s| alpaca(s)).collect())?;
-    let valid = cx.optional_input("valid").map(Sample::read).transpose()?;
-    if let Some(valid) = &valid {
-        write_json(&folder.data.join("valid.json"), &valid.iter().map(alpaca).collect())?;
-    }
-    write_json(&folder.data.join("dataset_info.json"), &dataset_info(valid.is_some()))?;
-    let deepspeed = settings::deepspeed(params.llamafactory.deepspeed);
-    let deepspeed_file = folder.root.join("deepspeed.json");
-    if let Some(settings) = &deepspeed {
-        write_json(&deepspeed_file, settings)?;
-    }
+    let dataset = threads::pool(cx)?.install(|| Dataset::new(params, files, layout, cx))?;
+    dataset.write(&folder.data, cx)?;
 
-    let devices = cx.devices().len().max(1);
-    let global = params.batch * params.accumulation * devices;
-    cx.info(format!("{} samples, {global} of them a step on {devices} device(s)", samples.len()));
-    let resume = last_checkpoint(&folder.output);
-    if let Some(checkpoint) = &resume {
-        cx.info(format!("going on from {}", checkpoint.display()));
-    }
-    let template = layout.settings().template;
-    let text = |path: &Path| path.display().to_string();
-    let (model, resume) = (absolute(base)?, resume.as_deref().map(text));
-    let deepspeed = deepspeed.map(|_| text(&deepspeed_file));
-    let places = settings::Places {
-        model: &text(&model),
-        data: &text(&folder.data),
-        output: &text(&folder.output),
-        deepspeed: deepspeed.as_deref(),
-        resume: resume.as_deref(),
-        valid: valid.is_some(),
-    };
-    let epoch_steps = samples.len().div_ceil(global) as u64;
-    let arguments = settings::training(params, template, &places, epoch_steps);
+    let model = text(&absolute(base)?);
     let log = folder.output.join("trainer_log.jsonl");
-    run::run(params, "train", &write_yaml(&folder.root.join("train.yaml"), &arguments)?, &log, cx)?;
+    let arguments = arguments(params, template, &model, &folder, &dataset, cx)?;
+    run::run(params, "train", &arguments, Some(progress::Watch::new(&log)), cx)?;
+    let points = progress::read(&log)?;
+    let curve = points.iter().map(progress::Line::point).collect::<Vec<CurvePoint>>();
 
     let result = match params.method {
         Method::Lora => {
             let merged = folder.root.join("merged");
             let _ = fs::remove_dir_all(&merged);
-            let arguments = settings::export(&text(&model), &text(&folder.output), template, &text(&merged));
-            run::run(params, "export", &write_yaml(&folder.root.join("export.yaml"), &arguments)?, &log, cx)?;
+            let arguments = settings::export(&model, &text(&folder.output), template, &text(&merged));
+            run::run(params, "export", &write_yaml(&folder.root.join("export.yaml"), &arguments)?, None, cx)?;
             merged
         }
         _ => folder.output.clone(),
     };
-    let points = progress::read(&log)?;
-    let curve = points.iter().map(progress::Line::point).collect::<Vec<CurvePoint>>();
     jsonl::write(cx.output("curve")?, &curve)?;
     hand_on(&result, cx.output("checkpoint")?)?;
-    describe(params, layout, &samples, &curve, cx.output("checkpoint")?)
+    describe(params, layout, &dataset, &curve, cx.output("checkpoint")?)
+}
+
+/// Writes the arguments of `llamafactory-cli train`, and what they name.
+fn arguments(
+    params: &Params,
+    template: &str,
+    model: &str,
+    folder: &Folder,
+    dataset: &Dataset,
+    cx: &mut StageContext,
+) -> Result<PathBuf, StageError> {
+    let deepspeed = settings::deepspeed(params.llamafactory.deepspeed);
+    let deepspeed_file = folder.root.join("deepspeed.json");
+    if let Some(settings) = &deepspeed {
+        write_json(&deepspeed_file, settings)?;
+    }
+    let devices = cx.devices().len().max(1);
+    let global = params.batch * params.accumulation * devices;
+    let samples = dataset.epoch_len();
+    cx.info(format!("{samples} samples an epoch, {global} of them a step on {devices} device(s)"));
+    let epoch_steps = samples.div_ceil(global) as u64;
+    let looks_every = settings::validation_steps(params, epoch_steps);
+    if dataset.validates() && looks_every > params.save_every {
+        cx.warn(format!(
+            "saves when it looks at validation, every {looks_every} steps, and not every {}: set `validation.every`",
+            params.save_every
+        ));
+    }
+    let resume = resume(folder, cx)?;
+    let deepspeed = deepspeed.map(|_| text(&deepspeed_file));
+    let places = settings::Places {
+        model,
+        data: &text(&folder.data),
+        output: &text(&folder.output),
+        deepspeed: deepspeed.as_deref(),
+        resume: resume.as_deref(),
+        valid: dataset.validates(),
+    };
+    write_yaml(&folder.root.join("train.yaml"), &settings::training(params, template, &places, epoch_steps))
+}
+
+/// The checkpoint to go on from, if there is one; the log is taken back to it.
+fn resume(folder: &Folder, cx: &mut StageContext) -> Result<Option<String>, StageError> {
+    let last = last_checkpoint(&folder.output);
+    let step = last.as_ref().map_or(0, |(step, _)| *step);
+    progress::rewind(&folder.output.join("trainer_log.jsonl"), step)?;
+    Ok(last.map(|(_, checkpoint)| {
+        cx.info(format!("going on from {}", checkpoint.display()));
+        text(&checkpoint)
+    }))
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Where a run works.
@@ -118,28 +149,6 @@ fn absolute(path: &Path) -> Result<PathBuf, StageError> {
     std::path::absolute(path).map_err(|e| StageError::io("find", path, e))
 }
 
-/// All samples, as often as their weights say. Unlike this program, LlamaFactory takes the same ones every epoch.
-fn mixed<'a>(params: &Params, files: &'a [data::File]) -> Vec<&'a Sample> {
-    let empty = |count: usize| vec![grlm_nn::train::Sample { tokens: Vec::new(), learned_from: 1 }; count];
-    let sources = files.iter().map(|f| grlm_nn::train::Source { samples: empty(f.samples.len()), weight: f.weight });
-    let corpus = Corpus { sources: sources.collect() };
-    let order = corpus.order(params.seed, 0);
-    order.into_iter().map(|(file, sample)| &files[file as usize].samples[sample as usize]).collect()
-}
-
-fn alpaca(sample: &Sample) -> Value {
-    json!({"instruction": sample.instruction, "input": sample.input, "output": sample.output})
-}
-
-fn dataset_info(valid: bool) -> Value {
-    let entry = |file: &str| json!({"file_name": file, "columns": {"prompt": "instruction", "query": "input", "response": "output"}});
-    let mut info = json!({settings::TRAIN_SET: entry("train.json")});
-    if valid {
-        info[settings::VALID_SET] = entry("valid.json");
-    }
-    info
-}
-
 fn write_json(path: &Path, value: &Value) -> Result<(), StageError> {
     let text = serde_json::to_string_pretty(value).map_err(|e| StageError::bug(e.to_string()))?;
     fs::write(path, text).map_err(|e| StageError::io("write", path, e))
@@ -150,11 +159,12 @@ fn write_yaml(path: &Path, arguments: &serde_json::Map<String, Value>) -> Result
     Ok(path.to_owned())
 }
 
-/// The newest checkpoint that is whole: the trainer writes its state last.
-fn last_checkpoint(output: &Path) -> Option<PathBuf> {
-    let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
+/// The newest checkpoint that is whole, and its step: the trainer writes its state last.
+fn last_checkpoint(output: &Path) -> Option<(u64, PathBuf)> {
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
     let folders = fs::read_dir(output).ok()?.flatten().map(|entry| entry.path());
-    folders.filter(|p| number(p).is_some() && p.join("trainer_state.json").exists()).max_by_key(|p| number(p))
+    let whole = folders.filter(|path| path.join("trainer_state.json").exists());
+    whole.filter_map(|path| Some((step(&path)?, path))).max_by_key(|(step, _)| *step)
 }
 
 /// Files of a model folder that are handed on; optimiser states and logs are not.
@@ -190,14 +200,15 @@ fn hand_on(from: &Path, to: &Path) -> Result<(), StageError> {
 fn describe(
     params: &Params,
     layout: &Layout,
-    samples: &[&Sample],
+    dataset: &Dataset,
     curve: &[CurvePoint],
     folder: &Path,
 ) -> Result<(), StageError> {
     let settings = layout.settings();
-    let mut facts = serde_json::Map::new();
+    let counts = dataset.counts.facts().into_iter();
+    let mut facts: serde_json::Map<String, Value> = counts.map(|(k, v)| (k.to_owned(), v.into())).collect();
     facts.insert("backend".into(), "llamafactory".into());
-    facts.insert("samples".into(), samples.len().into());
+    facts.insert("samples_an_epoch".into(), dataset.epoch_len().into());
     facts.insert("seed".into(), params.seed.into());
     if let Some(last) = curve.last() {
         facts.insert("steps".into(), last.step.into());

@@ -3,13 +3,13 @@
 use std::{
     io::{BufRead, BufReader, Read},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc::{self, RecvTimeoutError, Sender},
     thread,
     time::{Duration, Instant},
 };
 
-use super::progress;
+use super::progress::Watch;
 use crate::{StageContext, StageError, train::params::Params};
 
 /// Time between two looks at the log of progress.
@@ -19,11 +19,48 @@ const GRACE: Duration = Duration::from_secs(20);
 /// Lines of output that are kept for the message of a failure.
 const TAIL: usize = 40;
 
-/// Runs `llamafactory-cli VERB ARGUMENTS` to its end.
+/// Runs `llamafactory-cli VERB ARGUMENTS` to its end, while the log of its progress is watched, if it writes one.
 ///
 /// # Errors
-/// It cannot be started, or fails; out of memory is told apart. A stop was asked for.
-pub fn run(params: &Params, verb: &str, arguments: &Path, log: &Path, cx: &mut StageContext) -> Result<(), StageError> {
+/// It cannot be started, or fails; out of memory is told apart. A loss is not finite. A stop was asked for.
+pub fn run(
+    params: &Params,
+    verb: &str,
+    arguments: &Path,
+    mut watch: Option<Watch>,
+    cx: &mut StageContext,
+) -> Result<(), StageError> {
+    let program = &params.llamafactory.command;
+    let mut child = start(params, verb, arguments, cx)?;
+    let (sender, lines) = mpsc::channel();
+    read_lines(child.stdout.take(), false, sender.clone());
+    read_lines(child.stderr.take(), true, sender);
+    let mut heard = Heard::default();
+    let mut looked = Instant::now();
+    loop {
+        match lines.recv_timeout(LOOK_EVERY) {
+            Ok((is_error, line)) => heard.take(is_error, line, cx),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if looked.elapsed() >= LOOK_EVERY {
+            looked = Instant::now();
+            if let Err(error) = look(watch.as_mut(), cx) {
+                end(&mut child);
+                return Err(error);
+            }
+        }
+    }
+    let status = child.wait().map_err(|e| StageError::io("wait for", program.as_str(), e))?;
+    // A loss that is not finite may be why it failed.
+    look(watch.as_mut(), cx)?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(heard.failure(&format!("{program} {verb}"), status)),
+    }
+}
+
+fn start(params: &Params, verb: &str, arguments: &Path, cx: &StageContext) -> Result<Child, StageError> {
     let program = &params.llamafactory.command;
     let mut command = Command::new(program);
     command.arg(verb).arg(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -33,60 +70,57 @@ pub fn run(params: &Params, verb: &str, arguments: &Path, log: &Path, cx: &mut S
         command.env("FORCE_TORCHRUN", "1");
     }
     // The program stays in the worker's process group: what ends the worker ends it, and all that it starts.
-    let mut child = command.spawn().map_err(|e| match e.kind() {
+    command.spawn().map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => StageError::params(format!("`{program}` is not installed"))
             .help("`pip install llamafactory`, or set `llamafactory.command` to where it is"),
         _ => StageError::io("start", program.as_str(), e),
-    })?;
-    let (sender, lines) = mpsc::channel();
-    read_lines(child.stdout.take(), false, sender.clone());
-    read_lines(child.stderr.take(), true, sender);
-    // The last lines, and the very last one that was an error's.
-    let (mut tail, mut complaint): (Vec<String>, Option<String>) = (Vec::new(), None);
-    let mut looked = Instant::now();
-    loop {
-        match lines.recv_timeout(LOOK_EVERY) {
-            Ok((is_error, line)) => {
-                cx.info(line.clone());
-                if is_error {
-                    complaint = Some(line.clone());
-                }
-                tail.push(line);
-                if tail.len() > TAIL {
-                    tail.remove(0);
-                }
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-        if looked.elapsed() >= LOOK_EVERY {
-            looked = Instant::now();
-            if verb == "train"
-                && let Some((step, steps)) = progress::newest(log)
-            {
-                cx.progress(step, steps, "step");
-            }
-            if cx.stop_flag().is_set() {
-                end(&mut child);
-                return Err(StageError::Stopped);
-            }
-        }
-    }
-    let status = child.wait().map_err(|e| StageError::io("wait for", program.as_str(), e))?;
-    if status.success() {
-        return Ok(());
-    }
-    let last = complaint.or_else(|| tail.last().cloned()).unwrap_or_default();
-    if tail.iter().any(|line| line.contains("CUDA out of memory") || line.contains("OutOfMemoryError")) {
-        return Err(StageError::OutOfMemory {
-            message: format!("{program} {verb}: {last}"),
-            help: Some("a smaller `batch` with more `accumulation`, `gradient_checkpointing: true` or ZeRO-3".into()),
-        });
-    }
-    Err(StageError::Command {
-        message: format!("{program} {verb} failed ({status}): {last}"),
-        help: Some("its whole output is in the stage's log".into()),
     })
+}
+
+/// Passes progress on.
+fn look(watch: Option<&mut Watch>, cx: &mut StageContext) -> Result<(), StageError> {
+    if let Some((step, steps)) = watch.map(Watch::look).transpose()?.flatten() {
+        cx.progress(step, steps, "step");
+    }
+    cx.check_stop()
+}
+
+/// What the program said, as far as the message of a failure needs it.
+#[derive(Default)]
+struct Heard {
+    /// The last lines.
+    tail: Vec<String>,
+    /// The very last one that was an error's.
+    complaint: Option<String>,
+}
+
+impl Heard {
+    fn take(&mut self, is_error: bool, line: String, cx: &mut StageContext) {
+        cx.info(line.clone());
+        if is_error {
+            self.complaint = Some(line.clone());
+        }
+        self.tail.push(line);
+        if self.tail.len() > TAIL {
+            self.tail.remove(0);
+        }
+    }
+
+    fn failure(self, program: &str, status: ExitStatus) -> StageError {
+        let last = self.complaint.or_else(|| self.tail.last().cloned()).unwrap_or_default();
+        if self.tail.iter().any(|line| line.contains("CUDA out of memory") || line.contains("OutOfMemoryError")) {
+            return StageError::OutOfMemory {
+                message: format!("{program}: {last}"),
+                help: Some(
+                    "a smaller `batch` with more `accumulation`, `gradient_checkpointing: true` or ZeRO-3".into(),
+                ),
+            };
+        }
+        StageError::Command {
+            message: format!("{program} failed ({status}): {last}"),
+            help: Some("its whole output is in the stage's log".into()),
+        }
+    }
 }
 
 /// Sends every line of a stream that is not empty, and whether it is the one for errors.

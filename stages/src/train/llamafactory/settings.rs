@@ -5,7 +5,12 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::super::params::{Backend, DecayKind, Deepspeed, Method, Params, Precision, SavedType, TokensChoice};
-use crate::{ParamIssue, artifact::ChatTemplate, generate::Normalize};
+use crate::{
+    ParamIssue, StageError,
+    artifact::{ChatTemplate, TokenKind},
+    generate::Normalize,
+    lm,
+};
 
 /// Files of a run, as LlamaFactory is told of them.
 pub struct Places<'a> {
@@ -36,7 +41,13 @@ pub fn check(params: &Params) -> Vec<ParamIssue> {
         }
     };
     let native = "use `backend: grlm`";
-    refuse(params.method == Method::Scratch, "method", "LlamaFactory only trains a model that there is", native);
+    refuse(
+        params.method == Method::Scratch,
+        "method",
+        "LlamaFactory only trains a model that there is",
+        "set `method: full` or `method: lora`, and the `model` to start from (`model: Qwen/Qwen3-0.6B`, say); or use \
+         `backend: grlm`",
+    );
     refuse(params.dropout > 0.0, "dropout", "LlamaFactory has no dropout of residual branches", native);
     refuse(params.averaging > 0.0, "averaging", "LlamaFactory keeps no average of the weights", native);
     refuse(params.normalize == Normalize::Allowed, "normalize", "LlamaFactory's loss is over all tokens", native);
@@ -69,8 +80,28 @@ pub fn check(params: &Params) -> Vec<ParamIssue> {
     issues
 }
 
+/// Inputs that LlamaFactory has no counterpart for, and parameters that contradict each other because of them.
+pub fn check_ports(params: &Params, inputs: &[&str]) -> Vec<ParamIssue> {
+    if params.backend != Backend::Llamafactory {
+        return Vec::new();
+    }
+    let mut issues = Vec::new();
+    if inputs.contains(&"holdout") {
+        let issue = ParamIssue::new("backend", "LlamaFactory cannot validate on held-out items");
+        issues.push(issue.help("connect `valid`, or set `validation.share`, in place of the input `holdout`"));
+    }
+    let validates = inputs.contains(&"valid") || params.validation.share > 0.0;
+    if let Some(every) = params.validation.every.filter(|every| validates && params.save_every < *every) {
+        let message = format!("LlamaFactory saves when it looks at validation, which is every {every} steps");
+        let help = "set `save_every: EVERY` or more, or look more often: `validation.every: SAVE` or less";
+        let help = help.replace("EVERY", &every.to_string()).replace("SAVE", &params.save_every.to_string());
+        issues.push(ParamIssue::new("save_every", message).help(help));
+    }
+    issues
+}
+
 /// Arguments that `extra` must not replace: the stage depends on them.
-const FIXED: [&str; 12] = [
+const FIXED: [&str; 19] = [
     "stage",
     "do_train",
     "model_name_or_path",
@@ -82,19 +113,39 @@ const FIXED: [&str; 12] = [
     "resume_from_checkpoint",
     "finetuning_type",
     "template",
+    "cutoff_len",
     "save_only_model",
+    "save_strategy",
+    "save_steps",
+    "eval_strategy",
+    "eval_steps",
+    "load_best_model_at_end",
+    "logging_nan_inf_filter",
 ];
 
-/// The name of the template that stands around samples.
-pub fn template(template: ChatTemplate) -> &'static str {
-    match template {
-        ChatTemplate::Qwen3 => "qwen3",
-        ChatTemplate::Qwen3Nothink | ChatTemplate::None => "qwen3_nothink",
+/// LlamaFactory's name of the template that stands around samples.
+///
+/// # Errors
+/// Samples are laid out in a way that LlamaFactory does not know: it would train other tokens than `grlm.json` says.
+pub fn template(layout: &lm::Settings) -> Result<&'static str, StageError> {
+    if layout.tokens != TokenKind::Model {
+        return Err(StageError::params(
+            "the model to start from has tokens of whole words, which LlamaFactory has not",
+        )
+        .help("use `backend: grlm`, or start from a model that was trained with `tokens: model`"));
+    }
+    match layout.template {
+        ChatTemplate::Qwen3 => Ok("qwen3"),
+        ChatTemplate::Qwen3Nothink => Ok("qwen3_nothink"),
+        ChatTemplate::None => {
+            Err(StageError::params("the model to start from has `template: none`, which LlamaFactory has not")
+                .help("use `backend: grlm`, or set `template: qwen3_nothink`, which the model then has to learn"))
+        }
     }
 }
 
 /// The arguments of `llamafactory-cli train`.
-pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_steps: u64) -> Map<String, Value> {
+pub fn training(params: &Params, template: &str, places: &Places, epoch_steps: u64) -> Map<String, Value> {
     let mut all = Map::new();
     let mut set = |name: &str, value: Value| {
         all.insert(name.to_owned(), value);
@@ -116,7 +167,7 @@ pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_step
 
     set("dataset_dir", places.data.into());
     set("dataset", TRAIN_SET.into());
-    set("template", template(chat).into());
+    set("template", template.into());
     set("cutoff_len", params.max_length.into());
     set("train_on_prompt", params.train_on_prompt.into());
     set("packing", params.llamafactory.packing.into());
@@ -130,6 +181,8 @@ pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_step
     set("save_steps", params.save_every.into());
     set("save_total_limit", 2.into());
     set("save_only_model", false.into());
+    // Else a loss that is not a number is written as the mean of those before.
+    set("logging_nan_inf_filter", false.into());
     set("report_to", "none".into());
     set("resume_from_checkpoint", places.resume.map_or(Value::Null, Value::from));
 
@@ -163,12 +216,9 @@ pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_step
     set("data_seed", params.seed.into());
     set("ddp_timeout", 180_000_000.into());
 
-    if places.valid || params.validation.share > 0.0 {
-        let every = params.validation.every.unwrap_or(epoch_steps).max(1);
-        match places.valid {
-            true => set("eval_dataset", VALID_SET.into()),
-            false => set("val_size", number(params.validation.share)),
-        }
+    if places.valid {
+        let every = validation_steps(params, epoch_steps);
+        set("eval_dataset", VALID_SET.into());
         set("do_eval", true.into());
         set("eval_strategy", "steps".into());
         set("eval_steps", every.into());
@@ -188,12 +238,17 @@ pub fn training(params: &Params, chat: ChatTemplate, places: &Places, epoch_step
     all
 }
 
+/// Steps between two looks at validation.
+pub fn validation_steps(params: &Params, epoch_steps: u64) -> u64 {
+    params.validation.every.unwrap_or(epoch_steps).max(1)
+}
+
 /// The arguments of `llamafactory-cli export`, which merges adapters.
-pub fn export(model: &str, adapters: &str, chat: ChatTemplate, to: &str) -> Map<String, Value> {
+pub fn export(model: &str, adapters: &str, template: &str, to: &str) -> Map<String, Value> {
     let fields = json!({
         "model_name_or_path": model,
         "adapter_name_or_path": adapters,
-        "template": template(chat),
+        "template": template,
         "finetuning_type": "lora",
         "export_dir": to,
         "export_size": 5,
@@ -275,8 +330,8 @@ mod tests {
         params.steps = Some(7);
         params.validation = Validation { share: 0.05, every: Some(3), patience: Some(2), ..Validation::default() };
         params.llamafactory.extra = Map::from_iter([("flash_attn".to_owned(), json!("fa2"))]).into_iter().collect();
-        let places = Places { deepspeed: Some("/ds.json"), resume: Some("/o/checkpoint-3"), ..places() };
-        let text = yaml(&training(&params, ChatTemplate::Qwen3Nothink, &places, 10));
+        let places = Places { deepspeed: Some("/ds.json"), resume: Some("/o/checkpoint-3"), valid: true, ..places() };
+        let text = yaml(&training(&params, "qwen3_nothink", &places, 10));
         for line in [
             "model_name_or_path: \"/m\"",
             "finetuning_type: \"lora\"",
@@ -295,7 +350,8 @@ mod tests {
             "disable_gradient_checkpointing: true",
             "bf16: true",
             "resume_from_checkpoint: \"/o/checkpoint-3\"",
-            "val_size: 0.05",
+            "eval_dataset: \"grlm_valid\"",
+            "logging_nan_inf_filter: false",
             "eval_steps: 3",
             "save_steps: 3",
             "early_stopping_steps: 2",
@@ -325,9 +381,32 @@ mod tests {
             edit(&mut params);
             assert_eq!(check(&params).iter().map(|i| i.path.as_str()).collect::<Vec<_>>(), [path]);
         }
+        for name in ["output_dir", "save_strategy", "save_steps", "load_best_model_at_end", "eval_strategy"] {
+            let mut params = params();
+            params.llamafactory.extra.insert(name.into(), json!("no"));
+            assert_eq!(check(&params)[0].path, format!("llamafactory.extra.{name}"));
+        }
+        let bare = Params { backend: Backend::Llamafactory, ..Params::default() };
+        let help = check(&bare)[0].help.clone().unwrap();
+        assert!(help.contains("`method: full`") && help.contains("`model: Qwen/"), "{help}");
+    }
+
+    #[test]
+    fn checkpoints_are_not_rarer_than_asked_for() {
         let mut params = params();
-        params.llamafactory.extra.insert("output_dir".into(), json!("/x"));
-        assert_eq!(check(&params)[0].path, "llamafactory.extra.output_dir");
+        (params.save_every, params.validation.every) = (7, Some(100));
+        assert!(check_ports(&params, &["sft"]).is_empty(), "nothing is looked at");
+        let issues = check_ports(&params, &["sft", "valid"]);
+        assert_eq!(issues[0].path, "save_every");
+        assert_eq!(
+            issues[0].help.as_deref(),
+            Some("set `save_every: 100` or more, or look more often: `validation.every: 7` or less")
+        );
+        params.validation.share = 0.1;
+        assert_eq!(check_ports(&params, &["sft"]).len(), 1);
+        params.save_every = 100;
+        assert!(check_ports(&params, &["sft"]).is_empty());
+        assert_eq!(check_ports(&params, &["sft", "holdout"])[0].path, "backend");
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Architecture {
 }
 
 /// Settings of `method: lora`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
     pub rank: usize,

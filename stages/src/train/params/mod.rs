@@ -1,6 +1,6 @@
 //! The parameters of `train`: what they are called, what they default to, and which make no sense together.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use grlm_nn::{
     qwen3::Config,
@@ -138,6 +138,10 @@ impl Default for Params {
     }
 }
 
+/// Samples of a step at most, so that counting them never overflows.
+const MOST_SAMPLES: usize = 10_000_000;
+/// Positions at most: the angles of all of them are kept.
+const MOST_POSITIONS: usize = 1 << 18;
 /// Tokens of the largest pass, unless a single sample is longer: more are computed in parts.
 pub const PASS_TOKENS: usize = 8192;
 
@@ -185,22 +189,36 @@ impl Params {
         }
     }
 
-    /// Tokens of a pass after so many attempts that ran out of memory.
+    /// These parameters for an epoch of so many samples: a step takes no sample twice.
+    pub fn fitted(&self, epoch: usize) -> Self {
+        let mut fitted = self.clone();
+        fitted.batch = fitted.batch.min(epoch.max(1));
+        fitted.accumulation = fitted.accumulation.min(epoch.max(1).div_ceil(fitted.batch));
+        fitted
+    }
+
+    /// Tokens of a pass after so many attempts that ran out of memory; one that is longer than this is a pass alone.
     pub fn pass_tokens(&self, out_of_memory: u32) -> usize {
         (PASS_TOKENS >> out_of_memory.min(8)).min(self.batch.saturating_mul(self.max_length)).max(1)
     }
 
-    /// Bytes that a run needs, where that is known before the run: from scratch.
+    /// Bytes that a run needs, where that is known before the run; 0 elsewhere.
     pub fn memory(&self) -> u64 {
-        if self.method != Method::Scratch || self.backend != Backend::Grlm {
-            return 0;
-        }
-        let config = self.architecture.config(self.architecture.vocabulary, self.max_length);
-        self.memory_of(&config, 0)
+        self.config_at_hand().map_or(0, |config| self.memory_of(&config, self.max_length, 0))
     }
 
-    /// Bytes that a run with this model needs.
-    pub fn memory_of(&self, config: &Config, out_of_memory: u32) -> u64 {
+    /// The shape of the model where it is known before the run: from scratch, or from a folder on this machine.
+    pub fn config_at_hand(&self) -> Option<Config> {
+        match (&self.model, self.method) {
+            _ if self.backend != Backend::Grlm => None,
+            (_, Method::Scratch) => Some(self.architecture.config(self.architecture.vocabulary, self.max_length)),
+            (Some(folder), _) if model_folder::is_at_hand(folder) => Config::load(Path::new(folder)).ok(),
+            _ => None,
+        }
+    }
+
+    /// Bytes that a run with this model needs, whose longest sample has so many tokens.
+    pub fn memory_of(&self, config: &Config, longest: usize, out_of_memory: u32) -> u64 {
         let weights: usize = config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let trained = match self.method {
             Method::Lora => self.lora.targets.iter().map(|t| t.engine().numbers(config, self.lora.rank)).sum(),
@@ -208,7 +226,9 @@ impl Params {
         };
         let need = memory::Need {
             trained,
-            pass_tokens: self.pass_tokens(out_of_memory),
+            averaged: self.averaging > 0.0,
+            pass_tokens: self.pass_tokens(out_of_memory).max(longest),
+            positions: self.max_length,
             recompute: self.gradient_checkpointing,
         };
         memory::bytes(config, need)
@@ -240,12 +260,16 @@ impl Params {
         ] {
             refuse(value == 0, path, "must be at least 1");
         }
-        refuse(a.kv_heads > 0 && !a.heads.is_multiple_of(a.kv_heads), "architecture.kv_heads", "must divide `heads`");
+        let shared = format!("`kv_heads` ({}) must divide `heads` ({})", a.kv_heads, a.heads);
+        refuse(a.kv_heads > 0 && !a.heads.is_multiple_of(a.kv_heads), "architecture.kv_heads", &shared);
         refuse(a.head_dim == 0 || !a.head_dim.is_multiple_of(2), "architecture.head_dim", "must be even");
         refuse(a.vocabulary < 512, "architecture.vocabulary", "must be at least 512");
         refuse(a.init_std.is_nan() || a.init_std <= 0.0, "architecture.init_std", "must be greater than 0");
         refuse(a.rope_theta.is_nan() || a.rope_theta <= 0.0, "architecture.rope_theta", "must be greater than 0");
         refuse(self.max_length < 16, "max_length", "must be at least 16");
+        refuse(self.max_length > MOST_POSITIONS, "max_length", "must be at most 262144");
+        let step = self.batch.saturating_mul(self.accumulation);
+        refuse(step > MOST_SAMPLES, "batch", "`batch` × `accumulation` must be at most 10 million");
         refuse(!(self.epochs > 0.0 && self.epochs.is_finite()), "epochs", "must be greater than 0");
         refuse(!(self.learning_rate() > 0.0 && self.learning_rate().is_finite()), "lr", "must be greater than 0");
         refuse(self.lora.targets.is_empty(), "lora.targets", "nothing would be trained");
@@ -267,8 +291,8 @@ impl Params {
             refuse(!(value >= 0.0 && value.is_finite()), path, "must not be negative");
         }
         for (name, weight) in &self.weights {
-            let bad = !(*weight >= 0.0 && weight.is_finite());
-            refuse(bad, &format!("weights.{name}"), "must not be negative");
+            let bad = !(0.0..=1000.0).contains(weight);
+            refuse(bad, &format!("weights.{name}"), "must be between 0 and 1000");
         }
         let words = matches!(self.tokens, TokensChoice::Words | TokensChoice::Prefixes);
         refuse(words && self.method != Method::Scratch, "tokens", "`words` and `prefixes` are for models from scratch");
@@ -282,6 +306,7 @@ impl Params {
             "under `normalize: allowed` only TIDs are learned",
         );
         refuse(new && self.model.is_some(), "model", "`method: scratch` starts from nothing");
+        refuse(new && self.lora != Lora::default(), "lora", "is for `method: lora`, and `method` is `scratch`");
         refuse(self.llamafactory.logging_steps == 0, "llamafactory.logging_steps", "must be at least 1");
         issues.extend(self.model.as_ref().and_then(|name| model_folder::issue("model", name)));
         issues.extend(llamafactory::settings::check(self));
