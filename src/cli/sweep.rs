@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use super::{
     Global, plan,
-    request::{self, Part, Selected},
+    request::{self, Part},
     run::{How, carry_out},
 };
 use crate::{
     error::CliError,
     exit_codes::Code,
-    pipeline::{self, Pipeline},
+    pipeline::{Pipeline, PipelineFile},
 };
 
 /// Run several variants as one graph; what they share runs once
@@ -40,25 +40,7 @@ pub struct Several {
 impl Several {
     /// Loads every variant that is asked for, in that order.
     pub fn load(&self) -> Result<Vec<Pipeline>, CliError> {
-        let all = pipeline::variants(&self.file)?;
-        let mut chosen: Vec<Option<String>> = Vec::new();
-        if self.variants.is_empty() {
-            chosen.push(None);
-            chosen.extend(all.iter().cloned().map(Some));
-        }
-        for name in &self.variants {
-            let cells: Vec<&String> =
-                all.iter().filter(|v| v.split_once('[').is_some_and(|(n, _)| n == name)).collect();
-            match name.as_str() {
-                "default" => chosen.push(None),
-                _ if !cells.is_empty() => chosen.extend(cells.into_iter().cloned().map(Some)),
-                _ => chosen.push(Some(name.clone())),
-            }
-        }
-        chosen
-            .into_iter()
-            .map(|variant| Selected { file: self.file.clone(), variant, set: self.set.clone() }.load())
-            .collect()
+        Ok(PipelineFile::read(&self.file)?.load_all(&self.variants, &self.set)?)
     }
 }
 

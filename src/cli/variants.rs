@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::{error::CliError, exit_codes::Code, pipeline};
+use comfy_table::{ContentArrangement, Table, presets};
+
+use crate::{error::CliError, exit_codes::Code, pipeline::PipelineFile};
 
 /// List the variants of a pipeline, matrix cells one by one
 #[derive(Debug, clap::Args)]
@@ -12,8 +14,18 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<Code, CliError> {
-    for name in pipeline::variants(&args.file)? {
-        println!("{name}");
+    let file = PipelineFile::read(&args.file)?;
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.add_row(["default", "The pipeline as written."]);
+    for (name, description) in file.variants()? {
+        // One line each, however the file wraps it.
+        let words: Vec<&str> = description.unwrap_or_default().split_whitespace().collect();
+        table.add_row([name, words.join(" ")]);
     }
+    if let Some(names) = table.column_mut(0) {
+        names.set_padding((0, 1));
+    }
+    println!("{}", table.trim_fmt());
     Ok(Code::Ok)
 }

@@ -3,13 +3,13 @@
 use std::{fs, io};
 
 use super::{
-    InputSource, Pipeline, PipelineErrors, Stage,
+    InputSource, Stage,
     mistake::{Mistake, path},
 };
 
-pub(super) fn check(pipeline: &Pipeline) -> Result<(), PipelineErrors> {
-    let mistakes: Vec<Mistake> = pipeline.stages.iter().flat_map(of_stage).collect();
-    if mistakes.is_empty() { Ok(()) } else { Err(pipeline.sources.report(mistakes)) }
+/// What is wrong with the files that these stages name.
+pub(super) fn mistakes(stages: &[Stage]) -> Vec<Mistake> {
+    stages.iter().flat_map(of_stage).collect()
 }
 
 fn of_stage(stage: &Stage) -> Vec<Mistake> {

@@ -3,7 +3,7 @@
 //! Everything that checks a pipeline adds a [`Mistake`] and goes on, so that one look shows all of them. Where a
 //! logical place stands in the text is [`super::places`]' business, and is worked out only if there are mistakes.
 
-use std::fmt;
+use std::{collections::HashMap, fmt};
 
 use miette::{Diagnostic, LabeledSpan, MietteError, MietteSpanContents, SourceCode, SourceSpan, SpanContents};
 
@@ -160,6 +160,44 @@ impl PipelineErrors {
     /// One mistake that has no place in the text.
     pub(crate) fn one(message: impl Into<String>, help: Option<String>) -> Self {
         Self::new(vec![PipelineError { message: message.into(), help, place: None }])
+    }
+}
+
+/// Mistakes that several variants may have in common.
+impl PipelineErrors {
+    /// The mistakes of some of `variants` variants as one list: each once, and with a variant that has it if others
+    /// have not.
+    pub(crate) fn of_variants(wrong: Vec<(String, Self)>, variants: usize) -> Self {
+        let hidden = wrong.iter().map(|(_, errors)| errors.count - errors.errors.len()).max().unwrap_or_default();
+        let mut told: Vec<(String, PipelineError, usize)> = Vec::new();
+        let mut known: HashMap<(String, Option<String>), usize> = HashMap::new();
+        for (variant, errors) in wrong {
+            for error in errors.errors {
+                let key = (error.message.clone(), error.place.as_ref().map(Place::to_string));
+                let at = *known.entry(key).or_insert(told.len());
+                match told.get_mut(at) {
+                    Some((_, _, times)) => *times += 1,
+                    None => told.push((variant.clone(), error, 1)),
+                }
+            }
+        }
+        let named = |(variant, mut error, times): (String, PipelineError, usize)| {
+            if times < variants {
+                error.message = format!("in variant `{variant}`: {}", error.message);
+            }
+            error
+        };
+        let mut all = Self::new(told.into_iter().map(named).collect());
+        all.count += hidden;
+        all
+    }
+
+    /// These mistakes, then others.
+    pub(crate) fn and(self, other: Self) -> Self {
+        let count = self.count + other.count;
+        let mut all = Self::new(self.errors.into_iter().chain(other.errors).collect());
+        all.count = count;
+        all
     }
 }
 

@@ -7,6 +7,7 @@
 //! | `variables` | `${vars.x}` |
 //! | `spec`, `repair` | tree → typed blocks, every mistake and not only the first |
 //! | `resolve` | names → kinds, parameters with defaults, connected ports; cycles |
+//! | `load` | the steps in their order, for one variant or for several |
 //! | `files` | the files on disk that the pipeline names |
 //! | `template` | `${inputs.x}` in the `run` of a `command` |
 //! | `mistake`, `places`, `hint` | what is wrong, where it stands, what was meant |
@@ -16,6 +17,7 @@
 
 mod files;
 pub(crate) mod hint;
+mod load;
 mod mistake;
 mod places;
 mod repair;
@@ -23,6 +25,8 @@ mod resolve;
 mod schema;
 mod spec;
 mod template;
+#[cfg(test)]
+mod tests;
 mod text;
 mod variables;
 mod variants;
@@ -37,13 +41,15 @@ use std::{
 
 use grlm_cache::Digest;
 use grlm_stages::{Output, Resources, StageKind};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+pub use load::{PipelineFile, load};
 pub use mistake::{PipelineError, PipelineErrors, Place};
 pub use schema::schema;
 pub use spec::read_span;
 pub use template::{SubstituteError, substitute};
 
+use mistake::{Mark, Mistake};
 use places::Sources;
 
 /// A stage's name: letters, digits, `-` and `_`; a component of paths under `out/`.
@@ -127,7 +133,8 @@ impl Pipeline {
     /// # Errors
     /// All that are wrong.
     pub fn check_files(&self) -> Result<(), PipelineErrors> {
-        files::check(self)
+        let mistakes = files::mistakes(&self.stages);
+        if mistakes.is_empty() { Ok(()) } else { Err(self.sources.report(mistakes)) }
     }
 }
 
@@ -144,7 +151,8 @@ pub struct Stage {
     /// What one attempt needs: the kind's own needs, where the pipeline does not say otherwise.
     pub resources: Resources,
     pub timeout: Option<Duration>,
-    pub retries: u32,
+    /// `None` leaves it to the class of the failure.
+    pub retries: Option<u32>,
     /// Environment variables that are passed on and enter the key.
     pub env: Vec<String>,
     /// Environment variables that are passed on and do not.
@@ -191,39 +199,14 @@ pub struct Selection {
     pub set: Vec<(String, String)>,
 }
 
-/// Loads a pipeline file: reads, resolves and checks it. Does not look at the files it names.
+/// Checks the files of several variants, as [`Pipeline::check_files`] does those of one.
 ///
 /// # Errors
-/// Everything that is wrong, with places.
-pub fn load(file: &Path, selection: &Selection) -> Result<Pipeline, PipelineErrors> {
-    let text::Tree { mut root, mut sources, mut mistakes } = text::read(file)?;
-    variants::apply(&mut root, selection, &mut sources, &mut mistakes)?;
-    let poisoned = {
-        let vars = match root.get("vars") {
-            Some(Value::Object(vars)) => vars.clone(),
-            _ => Map::new(),
-        };
-        let mut variables = variables::Variables::new(&vars);
-        variables.check_all();
-        if let Some(Value::Object(stages)) = root.get_mut("stages") {
-            for (name, stage) in stages.iter_mut() {
-                variables.expand_stage(name, stage);
-            }
-        }
-        mistakes.append(&mut variables.mistakes);
-        variables.poisoned
-    };
-    let resolved = resolve::resolve(root, &poisoned, &mut mistakes);
-    match resolved {
-        Some((name, stages)) if mistakes.is_empty() => Ok(Pipeline {
-            name: name.unwrap_or_else(|| text::stem(file)),
-            variant: selection.variant.clone(),
-            file: file.to_owned(),
-            stages,
-            sources: SharedSources(Arc::new(Mutex::new(sources))),
-        }),
-        _ => Err(sources.report(mistakes)),
-    }
+/// All that are wrong, each once.
+pub fn check_files(pipelines: &[Pipeline]) -> Result<(), PipelineErrors> {
+    let named = |p: &Pipeline| p.variant.clone().unwrap_or_else(|| variants::DEFAULT.to_owned());
+    let wrong: Vec<_> = pipelines.iter().filter_map(|p| Some((named(p), p.check_files().err()?))).collect();
+    if wrong.is_empty() { Ok(()) } else { Err(PipelineErrors::of_variants(wrong, pipelines.len())) }
 }
 
 /// The digest of a pipeline file's text, as [`Pipeline::texts`] gives it; `None` if it cannot be read.
@@ -231,13 +214,22 @@ pub fn text_digest(file: &Path) -> Option<Digest> {
     text::read_text(file).ok().map(|text| Digest::of(text.as_bytes()))
 }
 
-/// The names of a file's variants, in its order; a matrix gives one for each of its cells.
-///
-/// # Errors
-/// The file cannot be read, or is not YAML.
-pub fn variants(file: &Path) -> Result<Vec<String>, PipelineErrors> {
-    let tree = text::read(file)?;
-    Ok(tree.root.get("variants").and_then(Value::as_object).map(variants::names).unwrap_or_default())
+/// Refuses a name that could not be that of a folder, or that has a meaning of its own.
+fn check_name(name: &str, what: &str, at: &[String], mark: Mark, mistakes: &mut Vec<Mistake>) {
+    let fine = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    let reserved = match (what, name) {
+        ("stage", "vars") => Some("paths in `set` use it for variables; rename the stage"),
+        ("variant", variants::DEFAULT) => Some("it is the pipeline as written; rename the variant"),
+        _ => None,
+    };
+    if name.is_empty() || name.len() > 100 || name.starts_with('-') || !name.chars().all(fine) {
+        mistakes.push(
+            Mistake::new(at, mark, format!("`{name}` is not a {what} name"))
+                .help("letters, digits, `-` and `_`, at most 100; it names a folder"),
+        );
+    } else if let Some(help) = reserved {
+        mistakes.push(Mistake::new(at, mark, format!("`{name}` is reserved")).help(help));
+    }
 }
 
 /// Kept for mistakes that are found later.
@@ -251,7 +243,7 @@ impl fmt::Debug for SharedSources {
 }
 
 impl SharedSources {
-    fn report(&self, mistakes: Vec<mistake::Mistake>) -> PipelineErrors {
+    fn report(&self, mistakes: Vec<Mistake>) -> PipelineErrors {
         match self.0.lock() {
             Ok(sources) => sources.report(mistakes),
             Err(poisoned) => poisoned.into_inner().report(mistakes),

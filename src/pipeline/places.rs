@@ -3,7 +3,12 @@
 //! Knows the files that a pipeline was read from and, for values that a variant or `--set` put there, where
 //! those were written.
 
-use std::{cell::OnceCell, collections::HashMap, ops::Range, path::PathBuf};
+use std::{
+    collections::HashMap,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use saphyr_parser::{Event, Parser, Span};
 
@@ -14,12 +19,12 @@ use super::mistake::{KeyPath, Mark, Mistake, PipelineError, PipelineErrors, Plac
 pub(crate) struct SourceFile {
     pub path: PathBuf,
     pub text: String,
-    spans: OnceCell<Spans>,
+    spans: OnceLock<Spans>,
 }
 
 impl SourceFile {
     pub fn new(path: PathBuf, text: String) -> Self {
-        Self { path, text, spans: OnceCell::new() }
+        Self { path, text, spans: OnceLock::new() }
     }
 
     fn spans(&self) -> &Spans {
@@ -62,10 +67,10 @@ pub(crate) enum Origin {
 }
 
 /// Everything needed to give mistakes their places.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Sources {
-    /// The pipeline's own file first, then those it extends.
-    pub files: Vec<SourceFile>,
+    /// The pipeline's own file first, then those it extends; shared by the variants of a sweep.
+    pub files: Vec<Arc<SourceFile>>,
     /// What was laid over the files, oldest first: the logical place and where the new value is written.
     pub overlays: Vec<(KeyPath, Origin)>,
 }

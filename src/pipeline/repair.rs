@@ -68,8 +68,13 @@ pub(crate) fn every_mistake<T>(
             {
                 place.push(field.to_owned());
             }
-            if !poisoned.contains(&below(at, &place)) {
-                mistakes.push(in_plain_words(&below(at, &place), &issue));
+            let unknown = issue.message.starts_with("unknown field ");
+            // A place that was taken out: this is about its default. And a wrong value does not excuse a wrong key.
+            if !removed.contains(&place) && (unknown || !poisoned.contains(&below(at, &place))) {
+                let mistake = in_plain_words(&below(at, &place), &issue);
+                if !mistakes.contains(&mistake) {
+                    mistakes.push(mistake);
+                }
             }
             if remove(&mut rest, &place) {
                 removed.push(place);
@@ -208,6 +213,27 @@ mod tests {
             .iter()
             .map(|m| format!("{}: {} ({})", m.path.join("."), m.message, m.help.as_deref().unwrap_or("-")))
             .collect()
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_although_its_value_is_wrong_too() {
+        let poisoned = HashSet::from([vec!["wnated".to_owned()], vec!["count".to_owned()]]);
+        let mut found = Vec::new();
+        typed::<Block>(&json!({"wanted": "a", "wnated": "${x}", "count": "${x}"}), &[], &poisoned, &mut found);
+        assert_eq!(found.iter().map(|m| m.message.as_str()).collect::<Vec<_>>(), ["unknown key `wnated`"]);
+    }
+
+    /// Without the value that is wrong the default stands there, which may be no better.
+    #[test]
+    fn a_check_that_the_default_fails_too_is_told_once() {
+        let read = |value: &Value| -> Result<(), Vec<ParamIssue>> {
+            let (heads, kv_heads) = (value["heads"].as_u64().unwrap_or(4), value["kv_heads"].as_u64().unwrap_or(4));
+            let wrong = || ParamIssue::new("kv_heads", format!("{kv_heads} does not divide {heads}"));
+            if heads % kv_heads == 0 { Ok(()) } else { Err(vec![wrong()]) }
+        };
+        let mut found = Vec::new();
+        every_mistake(&json!({"heads": 3, "kv_heads": 2}), &[], &HashSet::new(), &mut found, read);
+        assert_eq!(found.iter().map(|m| m.message.as_str()).collect::<Vec<_>>(), ["2 does not divide 3"]);
     }
 
     #[test]

@@ -61,9 +61,10 @@ pub(crate) struct StageSpec {
     /// Longest time one attempt may take: `90s`, `10m`, `1h30m`, or a number of seconds. Not part of the cache key.
     #[serde(default)]
     pub timeout: Option<Span>,
-    /// How often to try again after a failure that a retry can help. Not part of the cache key.
+    /// How often to try again after a failure that a retry can help. Without it: once when killed or when the machine
+    /// is at fault, three times when memory ran out and batches can be made smaller. Not part of the cache key.
     #[serde(default)]
-    pub retries: u32,
+    pub retries: Option<u32>,
     /// Environment variables that are passed on, and are part of the cache key.
     #[serde(default)]
     pub env: Vec<String>,
@@ -124,7 +125,6 @@ pub(crate) struct ResourcesSpec {
 pub(crate) struct VariantSpec {
     /// What it is for, in a line or two.
     #[serde(default)]
-    #[allow(dead_code, reason = "for readers of the file")]
     pub description: Option<String>,
     /// Another variant that this one builds on.
     #[serde(default)]

@@ -3,16 +3,18 @@
 
 use std::{
     fmt,
-    fs::File,
+    fs::{self, File},
     io::Read,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use saphyr_parser::{Event, Parser};
+use saphyr_parser::{Event, Marker, Parser, ScanError};
 use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use super::{
+    hint,
     mistake::{Mistake, PipelineError, PipelineErrors, path},
     places::{SourceFile, Sources},
 };
@@ -52,13 +54,13 @@ pub(crate) fn read(file: &Path) -> Result<Tree, PipelineErrors> {
             }
         };
         let (mut root, mistakes) = parse(&source)?;
-        tree.sources.files.push(source);
+        tree.sources.files.push(Arc::new(source));
         tree.mistakes.extend(mistakes);
         match root.shift_remove("extends") {
             None => {}
             Some(Value::String(base)) => {
                 let base = at.parent().unwrap_or(Path::new("")).join(base);
-                let same = |other: &SourceFile| same_file(&other.path, &base);
+                let same = |other: &Arc<SourceFile>| same_file(&other.path, &base);
                 if tree.sources.files.iter().any(same) || tree.sources.files.len() >= MAX_EXTENDS {
                     let message = format!("`{}` extends itself, or too many files extend each other", base.display());
                     tree.mistakes.push(Mistake::value(&path(&["extends"]), message));
@@ -116,8 +118,7 @@ fn other_kind(under: &Map<String, Value>, over: &Map<String, Value>, depth: usiz
 pub(super) fn read_text(file: &Path) -> Result<String, PipelineErrors> {
     let shown = file.display();
     let cannot = |e: std::io::Error| {
-        let help = (e.kind() == std::io::ErrorKind::NotFound)
-            .then(|| "paths are relative to the folder that you run `grlm` in".to_owned());
+        let help = (e.kind() == std::io::ErrorKind::NotFound).then(|| absent_help(file));
         PipelineErrors::one(format!("cannot read `{shown}`: {e}"), help)
     };
     let opened = File::open(file).map_err(cannot)?;
@@ -152,6 +153,22 @@ pub(super) fn read_text(file: &Path) -> Result<String, PipelineErrors> {
     }
 }
 
+/// What a file that is not there may have been meant to be.
+fn absent_help(file: &Path) -> String {
+    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let names: Vec<String> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.ends_with(".yaml") || name.ends_with(".yml"))
+        .collect();
+    let wanted = file.file_name().unwrap_or_default().to_string_lossy();
+    match hint::nearest(&wanted, names.iter().map(String::as_str)) {
+        Some(near) => format!("did you mean `{}`?", file.with_file_name(near).display()),
+        None => "paths are relative to the folder that you run `grlm` in".to_owned(),
+    }
+}
+
 /// The top-level map of a file, with mistakes that do not stop the reading.
 fn parse(source: &SourceFile) -> Result<(Map<String, Value>, Vec<Mistake>), PipelineErrors> {
     check_depth(source)?;
@@ -168,6 +185,18 @@ fn parse(source: &SourceFile) -> Result<(Map<String, Value>, Vec<Mistake>), Pipe
             place: Some(source.place_at(1, 0, usize::MAX)),
         }])),
     }
+}
+
+/// A value of the command line, by the rules for those of a file.
+///
+/// # Errors
+/// It is not YAML, or not a number that parameters can have; in words.
+pub(super) fn argument(text: &str) -> Result<Value, String> {
+    let mut reader = Reader { left: MAX_EXPANDED, path: Vec::new(), mistakes: Vec::new() };
+    let value = NodeSeed(&mut reader)
+        .deserialize(serde_yaml::Deserializer::from_str(text))
+        .map_err(|e| format!("not a YAML value: {e}"))?;
+    reader.mistakes.pop().map_or(Ok(value), |mistake| Err(mistake.message))
 }
 
 fn empty(source: &SourceFile) -> PipelineErrors {
@@ -194,29 +223,42 @@ fn check_depth(source: &SourceFile) -> Result<(), PipelineErrors> {
     }
     let mut depth = 0usize;
     for event in Parser::new_from_str(&source.text) {
-        // Not YAML: the reader says it better.
-        let Ok((event, span)) = event else { return Ok(()) };
+        // The reader would say it better, but perhaps only after minutes.
+        let (event, span) = event.map_err(|e| unread(source, &e))?;
         match event {
             Event::SequenceStart(..) | Event::MappingStart(..) => depth += 1,
             Event::SequenceEnd | Event::MappingEnd => depth = depth.saturating_sub(1),
             _ => {}
         }
         if depth > MAX_DEPTH {
-            return Err(PipelineErrors::new(vec![PipelineError {
-                message: format!("values are nested more than {MAX_DEPTH} deep"),
-                help: None,
-                place: Some(source.place_at(span.start.line(), span.start.col(), 1)),
-            }]));
+            return Err(too_deep(source, &span.start));
         }
     }
     Ok(())
 }
 
+fn too_deep(source: &SourceFile, at: &Marker) -> PipelineErrors {
+    PipelineErrors::new(vec![PipelineError {
+        message: format!("values are nested more than {MAX_DEPTH} deep"),
+        help: Some("is a bracket left open?".to_owned()),
+        place: Some(source.place_at(at.line(), at.col(), 1)),
+    }])
+}
+
+/// What the quick parser says of a text with many open brackets.
+fn unread(source: &SourceFile, error: &ScanError) -> PipelineErrors {
+    if error.info().contains("recursion limit") {
+        return too_deep(source, error.marker());
+    }
+    PipelineErrors::new(vec![PipelineError {
+        message: format!("not valid YAML: {}", error.info()),
+        help: None,
+        place: Some(source.place_at(error.marker().line(), error.marker().col(), 1)),
+    }])
+}
+
 fn syntax_error(source: &SourceFile, error: &serde_yaml::Error) -> PipelineErrors {
     let text = error.to_string();
-    if text.contains("EOF while parsing") {
-        return empty(source);
-    }
     let (line, column) = error.location().map_or((1, 0), |l| (l.line(), l.column().saturating_sub(1)));
     // The reader writes the place into its message, too.
     let mut message = text;
@@ -226,20 +268,44 @@ fn syntax_error(source: &SourceFile, error: &serde_yaml::Error) -> PipelineError
         message.truncate(at);
         message.push_str(&tail);
     }
-    let help = if message.contains("repetition limit") || message.contains(TOO_MUCH) {
-        Some("aliases (`*name`) that repeat aliases grow without bound".to_owned())
-    } else if message.contains("tab") || message.contains("cannot start any token") {
-        Some("indent with spaces; quote text that starts with a special character".to_owned())
-    } else if message.contains("mapping values are not allowed") {
-        Some("text with `: ` in it needs quotes".to_owned())
-    } else {
-        None
-    };
+    let help = syntax_help(&error.to_string());
     PipelineErrors::new(vec![PipelineError {
         message: format!("not valid YAML: {message}"),
         help,
         place: Some(source.place_at(line, column, 1)),
     }])
+}
+
+/// What to do about the reader's message. It tells where it began to read what it could not finish.
+fn syntax_help(message: &str) -> Option<String> {
+    let begun = |what: &str| {
+        let (line, column) = message.split_once(what)?.1.strip_prefix(" at line ")?.split_once(" column ")?;
+        let column: String = column.chars().take_while(char::is_ascii_digit).collect();
+        Some(format!("line {line}, column {column}"))
+    };
+    let has = |words: &str| message.contains(words);
+    if has("repetition limit") || has(TOO_MUCH) {
+        Some("aliases (`*name`) that repeat aliases grow without bound".to_owned())
+    } else if has("tab") || has("cannot start any token") {
+        Some("indent with spaces; quote text that starts with a special character".to_owned())
+    } else if has("mapping values are not allowed") {
+        let help = "is the line indented differently from the keys beside it? Text with `: ` in it needs quotes";
+        Some(help.to_owned())
+    } else if let Some((bracket, place)) = [("{", "a flow mapping"), ("[", "a flow sequence")]
+        .into_iter()
+        .find_map(|(bracket, what)| Some((bracket, begun(&format!("while parsing {what}"))?)))
+    {
+        Some(format!("is the `{bracket}` of {place} closed, and is there a comma between what stands in it?"))
+    } else if let Some(place) = begun("while scanning a quoted scalar") {
+        Some(format!("is the quote of {place} closed?"))
+    } else if has("did not find expected") {
+        Some(
+            "is the line indented differently from those beside it, or a bracket or quote left open above it?"
+                .to_owned(),
+        )
+    } else {
+        None
+    }
 }
 
 const TOO_MUCH: &str = "the values take too much memory";
@@ -310,6 +376,11 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
     fn visit_unit<E: serde::de::Error>(self) -> Result<Value, E> {
         self.0.spend(0)?;
         Ok(Value::Null)
+    }
+
+    /// An empty document.
+    fn visit_none<E: serde::de::Error>(self) -> Result<Value, E> {
+        self.visit_unit()
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {

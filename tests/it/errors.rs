@@ -1,6 +1,10 @@
 //! Bad input: one clear error that says where, what and what to do, and nothing runs.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    time::{Duration, Instant},
+};
 
 use crate::environment::{Environment, THREE, three};
 
@@ -129,10 +133,78 @@ fn garbage_and_bombs_are_refused_quickly() {
     let noise: Vec<u8> = (0..50_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     fs::write(env.path("noise.yaml"), noise).unwrap();
     env.fails(3, &["run", "noise.yaml"]);
-    env.write("deep.yaml", &"[".repeat(200_000));
-    env.fails(3, &["run", "deep.yaml"]);
+    let pairs = |n: usize| format!("name: t\nstages:\n  a: {}{}\n", "[".repeat(n), "]".repeat(n));
+    let braces = format!("stages: {}", "{a: ".repeat(200_000));
+    for deep in ["[".repeat(5_000_000), pairs(80_000), pairs(150), braces] {
+        env.write("deep.yaml", &deep);
+        let started = Instant::now();
+        assert_says(&env.fails(3, &["run", "deep.yaml"]), &["nested more than 100 deep", "deep.yaml:"]);
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    }
+    env.write("dashes.yaml", &"- ".repeat(2_000_000));
+    env.fails(3, &["run", "dashes.yaml"]);
     env.write("empty.yaml", "");
-    env.fails(3, &["run", "empty.yaml"]);
+    assert_says(&env.fails(3, &["run", "empty.yaml"]), &["`empty.yaml` is empty"]);
+}
+
+#[test]
+fn mistyped_stages_are_answered_with_the_nearest_or_all() {
+    let env = three();
+    for arguments in [
+        &["plan", "three.yaml", "--until", "uper"][..],
+        &["run", "three.yaml", "--only", "uper"],
+        &["run", "three.yaml", "--from", "uper"],
+        &["accept", "three.yaml", "uper"],
+        &["explain", "three.yaml", "uper"],
+    ] {
+        assert_says(&env.fails(3, arguments), &["there is no stage `uper`", "did you mean `upper`?"]);
+    }
+    assert_says(&env.fails(3, &["plan", "three.yaml", "--until", "banana"]), &["known: count, other, upper"]);
+    assert!(env.ran().is_empty());
+    env.ok(&["run", "three.yaml", "--only", "upper,other"]);
+    assert_eq!(env.ran(), ["other", "upper"]);
+    assert_says(&env.fails(2, &["logs", "uper"]), &["no run has a log of stage `uper`", "did you mean `upper`?"]);
+    assert_says(&env.fails(3, &["run", "thre.yaml"]), &["did you mean `three.yaml`?"]);
+}
+
+#[test]
+fn retries_of_zero_mean_one_attempt() {
+    let env = Environment::new();
+    let text = |retries: &str| {
+        let keys =
+            format!("uses: command, with: {{ run: 'echo s >> journal; kill -9 $$; : ${{outputs.o}}' }}{retries}");
+        format!("name: k\nstages:\n  s: {{ {keys}, outputs: {{ o: o }} }}\n")
+    };
+    env.write("k.yaml", &text(", retries: 0"));
+    env.fails(1, &["run", "k.yaml"]);
+    assert_eq!(env.ran(), ["s"]);
+    env.write("k.yaml", &text(""));
+    env.fails(1, &["run", "k.yaml"]);
+    assert_eq!(env.ran(), ["s", "s"], "killed: tried once more");
+}
+
+#[test]
+fn a_matrix_that_is_too_large_is_refused_whatever_is_asked_for() {
+    let env = three();
+    let values: Vec<String> = (0..150).map(|n| n.to_string()).collect();
+    let axis = values.join(",");
+    env.write(
+        "three.yaml",
+        &format!("{THREE}variants: {{ m: {{ matrix: {{ upper.retries: [{axis}], other.retries: [{axis}] }} }} }}\n"),
+    );
+    for arguments in [&["sweep", "-n", "three.yaml"][..], &["variants", "three.yaml"], &["plan", "three.yaml"]] {
+        assert_says(&env.fails(3, arguments), &["22500 cells", "three.yaml:20:18"]);
+    }
+}
+
+#[test]
+fn variants_are_listed_with_what_they_are_for() {
+    let env = three();
+    let variants = "variants:\n  none: { description: No other., set: { other: null } }\n  bare: {}\n";
+    env.write("three.yaml", &format!("{THREE}{variants}"));
+    let said = env.ok(&["variants", "three.yaml"]).stdout;
+    let lines: Vec<Vec<&str>> = said.lines().map(|l| l.splitn(2, ' ').map(str::trim).collect()).collect();
+    assert_eq!(lines, [vec!["default", "The pipeline as written."], vec!["none", "No other."], vec!["bare"]]);
 }
 
 #[test]

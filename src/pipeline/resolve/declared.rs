@@ -138,6 +138,17 @@ impl Draft {
                 }
             }
         }
+        // Values in `env` are part of the key, and so are written down in the store.
+        for (i, name) in spec.env.iter().enumerate() {
+            for (block, names) in [("secrets", &spec.secrets), ("pass_env", &spec.pass_env)] {
+                if names.contains(name) {
+                    let at = below(&self.at, &["env", &i.to_string()]);
+                    let message = format!("`{name}` is in `env` and in `{block}`");
+                    let help = "name it once: values of `env` are written down in the store, the others' are not";
+                    self.mistakes.push(Mistake::value(&at, message).help(help));
+                }
+            }
+        }
     }
 }
 

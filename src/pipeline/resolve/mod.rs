@@ -15,7 +15,7 @@ use rustc_hash::FxHashMap;
 use serde_json::{Map, Value};
 
 use super::{
-    InputSource, Stage, StageName, hint,
+    InputSource, Stage, StageName, check_name, hint,
     mistake::{KeyPath, Mark, Mistake, below, path},
     repair::{every_mistake, keys, typed},
     spec::{FileSpec, StageSpec},
@@ -39,14 +39,19 @@ struct Draft {
     mistakes: Vec<Mistake>,
 }
 
-/// The pipeline's name and its stages. What is wrong is added to `mistakes`; with mistakes, the result is not to be
-/// used.
+/// The pipeline's name and its stages. What is wrong is added to `mistakes`; with mistakes, the stages are those that
+/// something can still be said about, and are not to be run.
 pub(super) fn resolve(
     root: Map<String, Value>,
     poisoned: &HashSet<KeyPath>,
     mistakes: &mut Vec<Mistake>,
 ) -> Option<(Option<String>, Vec<Stage>)> {
-    let file = typed::<FileSpec>(&Value::Object(root), &[], poisoned, mistakes)?;
+    let a_list = root.get("stages").is_some_and(Value::is_array);
+    let file = typed::<FileSpec>(&Value::Object(root), &[], poisoned, mistakes);
+    if a_list && let Some(mistake) = mistakes.iter_mut().find(|m| m.path == ["stages"]) {
+        mistake.help = Some("write each stage's name as a key, without `-`: `tid: { uses: tid }`".to_owned());
+    }
+    let file = file?;
     if let Some(name) = &file.name {
         check_name(name, "pipeline", &path(&["name"]), Mark::Value, mistakes);
     }
@@ -64,11 +69,7 @@ pub(super) fn resolve(
     for draft in &mut drafts {
         mistakes.append(&mut draft.mistakes);
     }
-    if !mistakes.is_empty() {
-        return None;
-    }
-    let stages =
-        drafts.into_iter().zip(connected).map(|(draft, inputs)| draft.finish(inputs)).collect::<Option<_>>()?;
+    let stages = drafts.into_iter().zip(connected).filter_map(|(draft, inputs)| draft.finish(inputs)).collect();
     Some((file.name, stages))
 }
 
@@ -232,20 +233,6 @@ fn find_cycles(drafts: &[Draft], connected: &[BTreeMap<String, InputSource>], mi
         mistakes.push(
             Mistake::value(&below(&drafts[head].at, &["inputs", port]), format!("stages wait for each other: {shown}"))
                 .help("one of these inputs must come from elsewhere"),
-        );
-    }
-}
-
-fn check_name(name: &str, what: &str, at: &[String], mark: Mark, mistakes: &mut Vec<Mistake>) {
-    let fine = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if name.is_empty() || name.len() > 100 || name.starts_with('-') || !name.chars().all(fine) {
-        mistakes.push(
-            Mistake::new(at, mark, format!("`{name}` is not a {what} name"))
-                .help("letters, digits, `-` and `_`, at most 100; it names a folder"),
-        );
-    } else if what == "stage" && name == "vars" {
-        mistakes.push(
-            Mistake::new(at, mark, "`vars` is reserved").help("paths in `set` use it for variables; rename the stage"),
         );
     }
 }
