@@ -33,6 +33,9 @@ pub struct Compared {
     pub baseline: usize,
     /// Users that both have evaluated.
     pub users: usize,
+    /// Every one of these users is a hit of both, at ranks that count the same, or of neither: nothing is asked of them.
+    pub same: bool,
+    /// None, if they are the same.
     pub figures: Vec<Compare>,
 }
 
@@ -93,37 +96,67 @@ impl Baseline {
     }
 }
 
-/// Compares every row with its baseline, where users of both are known. `ranks[i]` belongs to `rows[i]`.
+/// Compares every row with its baseline, where users of both are known. `ranks[i]` belongs to `rows[i]`. Holm's
+/// correction counts the differences of those that are not the same.
 pub fn compare(rows: &[Row], ranks: &[Option<Ranks>], baseline: &Baseline, resamples: u32, seed: u64) -> Vec<Compared> {
-    let mut all: Vec<Compared> = (0..rows.len())
-        .filter_map(|row| {
-            let base = baseline.of(row, rows)?;
-            let (own, other) = (ranks[row].as_ref()?, ranks[base].as_ref()?);
-            let mut users: Vec<&String> = own.keys().filter(|user| other.contains_key(*user)).collect();
-            users.sort_unstable();
-            let figures: Vec<&'static str> = SHORT
-                .into_iter()
-                .filter(|name| rows[row].figures.contains_key(*name) && rows[base].figures.contains_key(*name))
-                .collect();
-            let parsed: Vec<Figure> = figures.iter().filter_map(|name| Figure::parse(name)).collect();
-            let of = |ranks: &Ranks| -> Vec<Option<u32>> { users.iter().map(|user| ranks[*user]).collect() };
-            let found = differences(&of(other), &of(own), &parsed, resamples, seed);
-            let figures = figures
-                .into_iter()
-                .zip(found)
-                .map(|(figure, difference)| Compare { figure, difference, adjusted_p: difference.p })
-                .collect();
-            Some(Compared { row, baseline: base, users: users.len(), figures })
-        })
-        .collect();
+    let pair = |row: usize| {
+        let base = baseline.of(row, rows)?;
+        let (own, other) = (ranks[row].as_ref()?, ranks[base].as_ref()?);
+        let figures: Vec<(&'static str, Figure)> = SHORT
+            .into_iter()
+            .filter(|name| rows[row].figures.contains_key(*name) && rows[base].figures.contains_key(*name))
+            .filter_map(|name| Some((name, Figure::parse(name)?)))
+            .collect();
+        let (users, same, figures) = compare_pair(own, other, &figures, resamples, seed);
+        Some(Compared { row, baseline: base, users, same, figures })
+    };
+    let mut all: Vec<Compared> = (0..rows.len()).filter_map(pair).collect();
     let p: Vec<f64> = all.iter().flat_map(|c| c.figures.iter().map(|f| f.difference.p)).collect();
     let places = all.iter_mut().flat_map(|c| &mut c.figures);
     places.zip(holm(&p)).for_each(|(place, p)| place.adjusted_p = p);
     all
 }
 
-/// One line a figure. Intervals are of one difference each; p is corrected for all lines.
+/// The number of users of both, whether these are the same to both, and else the differences.
+fn compare_pair(
+    own: &Ranks,
+    other: &Ranks,
+    figures: &[(&'static str, Figure)],
+    resamples: u32,
+    seed: u64,
+) -> (usize, bool, Vec<Compare>) {
+    let mut users: Vec<&String> = own.keys().filter(|user| other.contains_key(*user)).collect();
+    users.sort_unstable();
+    let of = |ranks: &Ranks| -> Vec<Option<u32>> { users.iter().map(|user| ranks[*user]).collect() };
+    let (first, second) = (of(other), of(own));
+    let alike = |(a, b): (&Option<u32>, &Option<u32>)| figures.iter().all(|(_, f)| f.gain(*a) == f.gain(*b));
+    if !users.is_empty() && first.iter().zip(&second).all(alike) {
+        return (users.len(), true, Vec::new());
+    }
+    let parsed: Vec<Figure> = figures.iter().map(|(_, figure)| *figure).collect();
+    let found = differences(&first, &second, &parsed, resamples, seed);
+    let told = figures.iter().zip(found).map(|(&(figure, _), difference)| Compare {
+        figure,
+        difference,
+        adjusted_p: difference.p,
+    });
+    (users.len(), false, told.collect())
+}
+
+/// One line a figure, then one for each pair that is the same. Intervals are of one difference each; p is corrected for
+/// all lines.
 pub fn table(rows: &[Row], compared: &[Compared]) -> String {
+    let name = |place: usize| format!("{}/{}", rows[place].variant, rows[place].model);
+    let mut lines = Vec::new();
+    if compared.iter().any(|c| !c.same) {
+        lines.push(table_of(rows, compared));
+    }
+    let same = compared.iter().filter(|c| c.same);
+    lines.extend(same.map(|c| format!("{}: the same lists as {}", name(c.row), name(c.baseline))));
+    lines.join("\n")
+}
+
+fn table_of(rows: &[Row], compared: &[Compared]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     table.set_header(["model", "against", "users", "figure", "difference", "95 % interval", "p (Holm)"]);
@@ -163,7 +196,7 @@ pub fn json(rows: &[Row], compared: &Compared) -> Value {
         })
         .collect();
     let against = json!({"variant": base.variant, "stage": base.stage, "model": base.model});
-    json!({"against": against, "users": compared.users, "figures": figures})
+    json!({"against": against, "users": compared.users, "same": compared.same, "figures": figures})
 }
 
 #[cfg(test)]
@@ -210,5 +243,21 @@ mod tests {
         assert_eq!(text.lines().count(), 5, "{text}");
         assert!(text.contains("beams/lm") && text.contains("+0.2000"), "{text}");
         assert!(compare(&rows, &[None, ranks(0..1), None], &Baseline::FirstOfModel, 10, 1).is_empty());
+    }
+
+    #[test]
+    fn equal_lists_are_said_to_be_and_ask_no_question() {
+        let rows = [row("default", "lm"), row("beams", "lm"), row("more", "lm")];
+        // Behind the last place that counts, ranks may differ.
+        let mut alike = ranks(0..40);
+        alike.as_mut().unwrap().insert("150".into(), Some(11));
+        let compared = compare(&rows, &[ranks(0..40), alike, ranks(20..100)], &Baseline::FirstOfModel, 500, 1);
+        assert_eq!(compared.iter().map(|c| (c.same, c.figures.len())).collect::<Vec<_>>(), [(true, 0), (false, 2)]);
+        let recall = &compared[1].figures[0];
+        assert!(recall.adjusted_p <= 2.0 * recall.difference.p, "two questions were asked, not four");
+        let text = table(&rows, &compared);
+        assert_eq!(text.lines().count(), 4, "{text}");
+        assert!(text.ends_with("beams/lm: the same lists as default/lm"), "{text}");
+        assert_eq!(table(&rows, &compared[..1]), "beams/lm: the same lists as default/lm");
     }
 }

@@ -51,6 +51,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     let plan = foresee(&store, &work)?;
     let mut found: Vec<(usize, Row, Option<Ranks>)> = Vec::new();
     let mut missing = Vec::new();
+    let mut unreadable = Vec::new();
     for (id, node) in work.nodes.iter().enumerate() {
         for place in &node.places {
             let pipeline = &work.pipelines[place.pipeline];
@@ -63,7 +64,14 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
                 missing.push(format!("{variant}/{}", stage.name));
                 continue;
             };
-            for (model, figures, ranks) in read(&store, stage, done)? {
+            let evaluated = match read(&store, stage, done) {
+                Ok(evaluated) => evaluated,
+                Err(why) => {
+                    unreadable.push(format!("{variant}/{}: {why}", stage.name));
+                    continue;
+                }
+            };
+            for (model, figures, ranks) in evaluated {
                 let row = Row { variant: variant.clone(), stage: stage.name.to_string(), model, figures };
                 found.push((place.pipeline, row, ranks));
             }
@@ -74,8 +82,14 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
     if !missing.is_empty() {
         eprintln!("not up to date, so left out: {}; `grlm sweep` runs them", missing.join(", "));
     }
+    for why in &unreadable {
+        eprintln!("cannot be read, so left out: {why}");
+    }
     if rows.is_empty() {
-        let help = "run the variants first: `grlm sweep FILE`".to_owned();
+        let help = match unreadable.as_slice() {
+            [] => "run the variants first: `grlm sweep FILE`".to_owned(),
+            _ => "metrics are one JSON object, model → figures".to_owned(),
+        };
         return Err(CliError::message(Code::Pipeline, "there are no metrics to compare", Some(help)));
     }
     let baseline = args.baseline.as_deref().map_or(Baseline::FirstOfModel, Baseline::parse);
@@ -107,16 +121,24 @@ fn shows(output: &grlm_stages::Output) -> bool {
 type Evaluated = (String, metrics::Figures, Option<Ranks>);
 
 /// The models that a stage evaluated, and each user's rank where it wrote them.
-fn read(store: &Store, stage: &Stage, done: &Done) -> Result<Vec<Evaluated>, CliError> {
-    let path = |output: &grlm_stages::Output| Some(store.path_of(&done.outputs.get(output.name.as_ref())?.digest));
-    let wrong = |message| CliError::message(Code::Pipeline, message, None);
+///
+/// # Errors
+/// A text that says which output is wrong, and how.
+fn read(store: &Store, stage: &Stage, done: &Done) -> Result<Vec<Evaluated>, String> {
+    let stored = |output: &grlm_stages::Output| {
+        let path = store.path_of(&done.outputs.get(output.name.as_ref())?.digest);
+        let place = path.display().to_string();
+        let file = output.file.to_string();
+        // Nobody knows a blob by its name in the store.
+        Some((path, move |message: String| message.replace(&place, &file)))
+    };
     let mut ranks: HashMap<String, Ranks> = HashMap::new();
-    for path in stage.outputs.iter().filter(|o| o.artifact == Artifact::PerUser).filter_map(path) {
-        ranks.extend(differences::read_ranks(&path).map_err(wrong)?);
+    for (path, named) in stage.outputs.iter().filter(|o| o.artifact == Artifact::PerUser).filter_map(stored) {
+        ranks.extend(differences::read_ranks(&path).map_err(named)?);
     }
     let mut models = Vec::new();
-    for path in stage.outputs.iter().filter(|o| shows(o)).filter_map(path) {
-        for (model, figures) in metrics::read(&path).map_err(wrong)? {
+    for (path, named) in stage.outputs.iter().filter(|o| shows(o)).filter_map(stored) {
+        for (model, figures) in metrics::read(&path).map_err(named)? {
             let ranks = ranks.remove(&model);
             models.push((model, figures, ranks));
         }

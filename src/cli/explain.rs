@@ -1,17 +1,19 @@
 //! `grlm explain`: why a stage is, or is not, up to date.
 
+use grlm_cache::{ActionKey, ActionRecord, Store};
+
 use super::{
     Global, plan,
     request::{self, Part, Selected},
 };
 use crate::{
     engine::{
-        decide,
         foresee::{Foreseen, foresee},
-        history::History,
+        nearest::{Nearest, nearest},
     },
     error::CliError,
     exit_codes::Code,
+    key::Manifest,
 };
 
 /// Say what differs between a stage and its nearest earlier result
@@ -35,10 +37,9 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         Foreseen::UpToDate(done) => {
             println!("{} is up to date: {}", args.stage, done.key);
             if let Some(record) = store.record(&done.key)? {
-                let p = &record.provenance;
-                println!("made by run {} on {}, in {:.1} s", p.run, p.host, record.duration_ms as f64 / 1e3);
-                if let Some(accepted) = &record.accepted {
-                    println!("accepted from {}: {}", accepted.from_key, accepted.reason);
+                say_who_made(&record);
+                if let Ok(manifest) = serde_json::from_value::<Manifest>(record.manifest) {
+                    compare(&store, &done.key, &manifest, &args.stage, "its nearest other result is")?;
                 }
             }
         }
@@ -47,19 +48,32 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         }
         Foreseen::Run { reason, action } => {
             println!("{} has to run: {}", args.stage, action.key);
-            let history = History::open(store.root(), &work.title(0));
-            let earlier = history.last(&args.stage).filter(|k| *k != action.key);
-            match earlier.and_then(|k| Some((k, decide::differences(&store, &k, &action.manifest)?))) {
-                Some((key, lines)) => {
-                    println!("compared with {key}:");
-                    for line in lines {
-                        println!("  {line}");
-                    }
-                }
-                None => println!("  {reason}"),
+            // A result that was lost differs from itself in nothing.
+            let lost = store.record(&action.key)?.is_some();
+            if lost || !compare(&store, &action.key, &action.manifest, &args.stage, "compared with")? {
+                println!("  {reason}");
             }
         }
         Foreseen::Left => {}
     }
     Ok(Code::Ok)
+}
+
+fn say_who_made(record: &ActionRecord) {
+    let made = &record.provenance;
+    println!("made by run {} on {}, in {:.1} s", made.run, made.host, record.duration_ms as f64 / 1e3);
+    if let Some(accepted) = &record.accepted {
+        println!("accepted from {}: {}", accepted.from_key, accepted.reason);
+    }
+}
+
+/// Prints the nearest other result and what is different; whether there is one.
+fn compare(store: &Store, key: &ActionKey, now: &Manifest, stage: &str, lead: &str) -> Result<bool, CliError> {
+    let Some(Nearest { record, differences }) = nearest(store, key, now, stage)? else { return Ok(false) };
+    let made = &record.provenance;
+    println!("{lead} {}, of stage `{}` of {}, run {}:", record.key, made.stage, made.pipeline, made.run);
+    for line in differences {
+        println!("  {line}");
+    }
+    Ok(true)
 }

@@ -58,7 +58,7 @@ pub struct Foretold {
     timeline: Timeline,
     /// Node of each task.
     nodes: Vec<NodeId>,
-    /// Stages whose duration nobody knows; they count as nothing.
+    /// Stages whose duration is not known; they count as nothing.
     unknown: Vec<String>,
 }
 
@@ -99,7 +99,7 @@ impl Forecast {
                     .get(label)
                     .or_else(|| given.get(stage.name.as_str()))
                     .copied()
-                    .or_else(|| recorded(store, work, id, &measured))
+                    .or_else(|| recorded(store, work, id, &measured, input_bytes(&plan[id])))
                     .unwrap_or_else(|| {
                         unknown.push(label.clone());
                         0.0
@@ -140,11 +140,18 @@ impl Forecast {
     }
 }
 
-/// What the stage took: with these very parameters, else when this pipeline, or another of the same request, last ran a
-/// stage of its name.
-fn recorded(store: &Store, work: &Work, id: NodeId, measured: &Measured) -> Option<f64> {
-    if measured.seconds > 0.0 {
-        return Some(measured.seconds);
+/// What a stage will read, where that is known.
+fn input_bytes(foreseen: &Foreseen) -> Option<u64> {
+    let Foreseen::Run { action, .. } = foreseen else { return None };
+    Some(action.inputs.values().map(|content| content.size).sum())
+}
+
+/// What the stage took: with these very parameters in this pipeline, or in another one on inputs of about the same
+/// size; else when this pipeline, or another of the same request, last ran a stage of its name.
+fn recorded(store: &Store, work: &Work, id: NodeId, measured: &Measured, input_bytes: Option<u64>) -> Option<f64> {
+    let pipeline = &work.pipelines[work.nodes[id].places[0].pipeline].name;
+    if let Some(seconds) = measured.seconds_in(pipeline, input_bytes) {
+        return Some(seconds);
     }
     let own = work.nodes[id].places[0].pipeline;
     let name = work.stage(id).name.as_str();
@@ -223,7 +230,7 @@ impl Foretold {
         }
         if !self.unknown.is_empty() {
             let stages = briefly(&self.unknown).join(", ");
-            lines.push(format!("never ran, so counted as nothing: {stages}; `--duration STAGE=TIME` says how long"));
+            lines.push(format!("time not known, so counted as nothing: {stages}; `--duration STAGE=TIME` gives one"));
         }
         lines.join("\n")
     }

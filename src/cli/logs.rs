@@ -1,24 +1,31 @@
-//! `grlm logs`: what a stage printed.
+//! `grlm logs`: what a stage reported and printed.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{self, Read, Write},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
+use grlm_cache::{Access, Store};
+
 use super::Global;
 use crate::{
+    engine::history::History,
     error::CliError,
+    events::Body,
     exit_codes::Code,
     journal::{RunId, RunState, Runs},
+    pipeline::hint,
 };
 
-/// Show what a stage printed in its latest attempt
+/// Show what a stage reported and printed in its latest attempt
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The stage
     stage: String,
-    /// A run; by default the latest in which the stage ran
+    /// A run; by default the latest that has the stage
     #[arg(long, value_name = "ID")]
     run: Option<String>,
     /// Go on showing what comes until the run ends
@@ -26,27 +33,103 @@ pub struct Args {
     follow: bool,
 }
 
+/// Where a stage's last words are.
+struct Found {
+    /// The run that has the stage.
+    run: RunId,
+    /// The run in which it ran, if it was cached in that one; `None` if that run's log is gone.
+    ran_in: Option<RunId>,
+    log: Option<PathBuf>,
+}
+
 pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
-    let refuse = |message: String, help: &str| CliError::message(Code::Usage, message, Some(help.into()));
     let runs = Runs::new(global.store.join("runs"));
     let candidates: Vec<RunId> = match &args.run {
         Some(text) => {
-            vec![RunId::parse(text).ok_or_else(|| refuse(format!("`{text}` is no run"), "`grlm status` lists runs"))?]
+            let id = RunId::parse(text);
+            vec![id.ok_or_else(|| refuse(format!("`{text}` is no run"), "`grlm status` lists runs"))?]
         }
-        None => runs.list().into_iter().rev().collect(),
+        None => latest_first(&runs),
     };
-    let found = candidates.into_iter().find_map(|id| Some((runs.attempts(&id, &args.stage).last().copied()?, id)));
-    let Some((attempt, id)) = found else {
-        return Err(refuse(format!("no run has a log of stage `{}`", args.stage), "`grlm status` shows what ran"));
+    let found = candidates.iter().find_map(|id| find(&runs, id, &args.stage, global));
+    let Some(Found { run, ran_in, log }) = found else {
+        let help = known_help(&runs, &candidates, &args.stage);
+        return Err(refuse(format!("no run has a log of stage `{}`", args.stage), &help));
     };
-    let path = runs.log(&id, &args.stage, attempt);
-    let failed = |e: io::Error| CliError::message(Code::Store, format!("cannot read {}: {e}", path.display()), None);
-    let mut file = File::open(&path).map_err(failed)?;
+    let cached = format!("`{}` was cached in run {run}", args.stage);
+    let Some(log) = log else {
+        return Err(refuse(
+            format!("{cached}, and the log of the run that made it is gone"),
+            "`--force` runs it again",
+        ));
+    };
+    if let Some(ran_in) = ran_in {
+        eprintln!("{cached}; it ran in run {ran_in}");
+    }
+    show(&runs, &run, &log, args.follow)
+}
+
+/// Names tell the second of the start and no more.
+fn latest_first(runs: &Runs) -> Vec<RunId> {
+    let records = runs.list().into_iter().filter_map(|id| runs.record(&id).ok());
+    let mut started: Vec<(f64, RunId)> = records.map(|record| (record.started, record.id)).collect();
+    started.sort_by(|a, b| b.0.total_cmp(&a.0));
+    started.into_iter().map(|(_, id)| id).collect()
+}
+
+/// The stage of these runs that may have been meant, or all of them.
+fn known_help(runs: &Runs, candidates: &[RunId], stage: &str) -> String {
+    const RECENT: usize = 20;
+    let events = candidates.iter().take(RECENT).filter_map(|id| runs.events(id).ok()).flatten();
+    let known: BTreeSet<String> = events.filter_map(|event| event.stage).collect();
+    let help = hint::help(stage, known.iter().map(String::as_str));
+    help.unwrap_or_else(|| "`grlm status` shows what ran".to_owned())
+}
+
+fn refuse(message: String, help: &str) -> CliError {
+    CliError::message(Code::Usage, message, Some(help.into()))
+}
+
+/// The stage's log in this run, or in the one that made the result that this one used.
+fn find(runs: &Runs, run: &RunId, stage: &str, global: &Global) -> Option<Found> {
+    if let Some(attempt) = runs.attempts(run, stage).last() {
+        return Some(Found { run: run.clone(), ran_in: None, log: Some(runs.log(run, stage, *attempt)) });
+    }
+    let events = runs.events(run).ok()?;
+    let is_cached = |body: &Body| matches!(body, Body::Cached { .. });
+    events.iter().find(|event| event.stage.as_deref() == Some(stage) && is_cached(&event.body))?;
+    let made = maker(runs, run, stage, global);
+    let log = made.as_ref().and_then(|(ran_in, label)| {
+        let attempt = runs.attempts(ran_in, label).last().copied()?;
+        Some(runs.log(ran_in, label, attempt))
+    });
+    Some(Found { run: run.clone(), ran_in: made.map(|(ran_in, _)| ran_in), log })
+}
+
+/// The run that made the result that a run found in the store, and what the stage was called there.
+fn maker(runs: &Runs, run: &RunId, stage: &str, global: &Global) -> Option<(RunId, String)> {
+    let record = runs.record(run).ok()?;
+    // The stage of one variant of a sweep has the variant behind it.
+    let (name, variant) = stage.split_once('@').map_or((stage, record.variant), |(name, of)| (name, Some(of.into())));
+    let title = variant.map_or_else(|| record.pipeline.clone(), |variant| format!("{}@{variant}", record.pipeline));
+    let store = Store::open(&global.store, Access::Read).ok()?;
+    let key = History::open(store.root(), &title).last(name)?;
+    let made = store.record(&key).ok()??.provenance;
+    let made_by = RunId::parse(&made.run)?;
+    // A later run may have made another result since.
+    let end = record.ended.map_or(f64::MAX, |end| end.t);
+    (runs.record(&made_by).ok()?.started < end).then_some((made_by, made.stage))
+}
+
+fn show(runs: &Runs, run: &RunId, log: &Path, follow: bool) -> Result<Code, CliError> {
+    let failed = |e: io::Error| CliError::message(Code::Store, format!("cannot read {}: {e}", log.display()), None);
+    let mut file = File::open(log).map_err(failed)?;
     loop {
+        // Asked first, so that what is written between the last look and the run's end is read.
+        let goes_on = follow && runs.record(run).is_ok_and(|r| matches!(r.state(), RunState::Running));
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(failed)?;
         let _ = io::stdout().write_all(&text).and_then(|()| io::stdout().flush());
-        let goes_on = args.follow && runs.record(&id).is_ok_and(|r| matches!(r.state(), RunState::Running));
         if !goes_on {
             return Ok(Code::Ok);
         }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use comfy_table::{Table, presets};
-use grlm_cache::{Access, ActionKey};
+use grlm_cache::{Access, ActionKey, StoreError};
 
 use super::{
     Global,
@@ -74,7 +74,10 @@ fn results(number: usize) -> String {
 }
 
 pub fn unpin(args: &UnpinArgs, global: &Global) -> Result<Code, CliError> {
-    request::open_store(global, Access::Write)?.unpin(&args.name)?;
+    request::open_store(global, Access::Write)?.unpin(&args.name).map_err(|error| match error {
+        StoreError::Unknown { .. } => CliError::message(Code::Usage, error.to_string(), error.help()),
+        error => error.into(),
+    })?;
     Ok(Code::Ok)
 }
 

@@ -21,7 +21,7 @@ use crate::{
         work::{NodeId, Work},
     },
     error::CliError,
-    events::human_duration,
+    events::{human_bytes, human_duration},
     exit_codes::Code,
 };
 
@@ -119,13 +119,18 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
             }
             Foreseen::Left => continue,
         };
-        lines.push((work.nodes[id].label.as_str(), what, why, rows));
+        // What its estimate says, or the pipeline.
+        let memory = if what == "cached" { 0 } else { work.stage(id).resources.memory };
+        lines.push((work.nodes[id].label.as_str(), what, why, rows, memory));
     }
     if as_json {
         let stages: Vec<_> = lines
             .iter()
-            .map(|(stage, what, why, rows)| {
+            .map(|(stage, what, why, rows, memory)| {
                 let mut line = json!({"stage": stage, "action": what, "reason": why});
+                if *memory > 0 {
+                    line["memory"] = json!(memory);
+                }
                 match rows {
                     Ok(Some(rows)) => {
                         line["rows"] = json!({
@@ -141,10 +146,12 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         println!("{}", serde_json::Value::Array(stages));
         return Ok(Code::Ok);
     }
+    let refused = (count[1] + count[2] > 0).then(|| refusal(devices, work)).flatten();
     if !global.quiet {
         let width = lines.iter().map(|(stage, ..)| stage.chars().count()).max().unwrap_or(0);
-        for (stage, what, why, rows) in &lines {
-            println!("{}", format!("{what:<7} {stage:<width$}  {why}").trim_end());
+        for (stage, what, why, rows, memory) in &lines {
+            let takes = if *memory > 0 { format!("; takes {} of memory", human_bytes(*memory)) } else { String::new() };
+            println!("{}", format!("{what:<7} {stage:<width$}  {why}{takes}").trim_end());
             let rows = match rows {
                 Ok(None) => continue,
                 Ok(Some(rows)) => in_words(rows),
@@ -157,7 +164,17 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         }
     }
     println!("{} cached, {} to run, {} maybe", count[0], count[1], count[2]);
+    if let Some(refused) = refused {
+        println!("{refused}");
+    }
     Ok(Code::Ok)
+}
+
+/// Why a run would not even begin on this machine, and what to do.
+fn refusal(devices: &device::Selection, work: &Work) -> Option<String> {
+    let error = request::machine(devices, work).err()?;
+    let help = error.report.help().map(|help| format!(" ({help})")).unwrap_or_default();
+    Some(format!("`grlm run` will refuse: {}{help}", error.report))
 }
 
 /// `12 of 3,000 items are missing, about 4 s`.

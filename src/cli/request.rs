@@ -9,11 +9,11 @@ use crate::{
     device::{self, Machine, discover},
     engine::{
         run::RunError,
-        work::{Parts, Permission, Work},
+        work::{Parts, PartsError, Permission, Work},
     },
     error::CliError,
     exit_codes::Code,
-    pipeline::{self, Selection},
+    pipeline::{self, Selection, hint},
 };
 
 /// A pipeline as a user selects it
@@ -33,16 +33,16 @@ pub struct Selected {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Part {
     /// These stages and all that they need
-    #[arg(long, value_name = "STAGE")]
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
     pub until: Vec<String>,
     /// These stages and all that depends on them; what they need must be up to date
-    #[arg(long, value_name = "STAGE")]
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
     pub from: Vec<String>,
     /// These stages and no others; what they need must be up to date
-    #[arg(long, value_name = "STAGE")]
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
     pub only: Vec<String>,
     /// Run these stages even if they are up to date
-    #[arg(long, value_name = "STAGE")]
+    #[arg(long, value_name = "STAGE", value_delimiter = ',')]
     pub force: Vec<String>,
 }
 
@@ -77,17 +77,23 @@ impl Part {
 
 /// The graph of these pipelines; missing files and unknown stage names are told.
 pub fn work(pipelines: Vec<pipeline::Pipeline>, part: &Part) -> Result<Work, CliError> {
-    for pipeline in &pipelines {
-        pipeline.check_files()?;
-    }
+    pipeline::check_files(&pipelines)?;
     work_unchecked(pipelines, part)
 }
 
 /// The same, whether or not the files are there.
 pub fn work_unchecked(pipelines: Vec<pipeline::Pipeline>, part: &Part) -> Result<Work, CliError> {
-    Work::new(pipelines, &part.parts()).map_err(|unknown| {
-        let help = unknown.nearest.as_ref().map(|n| format!("did you mean `{n}`?"));
-        CliError::message(Code::Pipeline, unknown.to_string(), help)
+    Work::new(pipelines, &part.parts()).map_err(|error| {
+        let (code, help) = match &error {
+            PartsError::UnknownStage { name, known } => {
+                let help = hint::help(name, known.iter().map(String::as_str));
+                (Code::Pipeline, help.or_else(|| Some("`grlm plan FILE` lists the stages".to_owned())))
+            }
+            PartsError::ForcedOutside { options, .. } => {
+                (Code::Usage, Some(format!("choose it as well, or leave {} out", options.join(" and "))))
+            }
+        };
+        CliError::message(code, error.to_string(), help)
     })
 }
 
@@ -120,7 +126,10 @@ pub fn check_fits(machine: &Machine, work: &Work) -> Result<(), CliError> {
             let message = format!("stage `{}` cannot run here: it {unfit}", work.nodes[id].label);
             let made_up = machine.gpus.iter().any(|gpu| gpu.simulated);
             let which = if made_up { "the made-up machine" } else { "this machine" };
-            let help = format!("{which}: {machine}; change `--devices`, or the stage's `resources:`");
+            let stage = work.stage(id);
+            let fitting = stage.kind.fitting(&stage.params, machine.memory).map(|advice| format!("{advice}; or "));
+            let fitting = fitting.unwrap_or_default();
+            let help = format!("{which}: {machine}; {fitting}change `--devices`, or the stage's `resources:`");
             return Err(CliError::message(Code::Resources, message, Some(help)));
         }
     }
@@ -174,6 +183,14 @@ impl From<RunError> for CliError {
                 let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
                 let help = "leases of devices are kept there; GRLM_LEASES names another place".to_owned();
                 CliError::message(Code::Resources, format!("{error}{cause}"), Some(help))
+            }
+            RunError::File { message, help } => CliError::message(Code::Pipeline, message, help),
+            RunError::Show { ref source, .. } => {
+                let cause = std::error::Error::source(source).map(|c| format!(": {c}")).unwrap_or_default();
+                let help = source.help().unwrap_or_else(|| {
+                    "move away what is in its place, or show results elsewhere with `--out FOLDER`".to_owned()
+                });
+                CliError::message(Code::Store, format!("{error}: {source}{cause}"), Some(help))
             }
             RunError::Io { action, source } => {
                 CliError::message(Code::Internal, format!("cannot {action}: {source}"), None)

@@ -100,7 +100,7 @@ fn spared(request: &Request, how: &How, global: &Global) -> Result<Option<Code>,
     let store = request::open_store(global, Access::Write)?;
     let Some(memory) = Memory::recall(&store, request) else { return Ok(None) };
     memory.report(&store, std::env::args().collect(), started, how.reporter(global).as_mut())?;
-    if how.shows_results(global) {
+    if how.shows_results() {
         show_metrics(&memory.metrics, std::slice::from_ref(&memory.folder));
     }
     Ok(Some(Code::Ok))
@@ -117,8 +117,8 @@ impl How {
         }
     }
 
-    fn shows_results(&self, global: &Global) -> bool {
-        !global.quiet && self.message_format != MessageFormat::Json
+    fn shows_results(&self) -> bool {
+        self.message_format != MessageFormat::Json
     }
 }
 
@@ -141,7 +141,7 @@ pub fn carry_out(work: &Work, how: &How, global: &Global, whole: Option<&Request
     if ended.counts.ran > 0 && how.message_format != MessageFormat::Json {
         announce_size(&store);
     }
-    if ended.outcome == Outcome::Succeeded && how.shows_results(global) {
+    if ended.outcome == Outcome::Succeeded && how.shows_results() {
         let folders: Vec<PathBuf> = work.pipelines.iter().map(|p| how.out.join(p.out_name())).collect();
         show_metrics(&metrics_of(work, &ended, &how.out), &folders);
     }

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use comfy_table::{Table, presets};
+use grlm_stages::event::LogLevel;
 use serde::Serialize;
 
 use super::Global;
@@ -47,9 +48,12 @@ pub struct StageStatus {
     /// Done and all of something.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<(u64, u64, String)>,
-    /// Why it runs, failed or was skipped.
+    /// Why it is to run, failed or was skipped.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub note: String,
+    /// What its latest attempt warned of.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -145,6 +149,11 @@ fn show_run(record: &RunRecord, stages: &BTreeMap<String, StageStatus>) {
         table.add_row([format!("  {name}"), stage.state.to_owned(), time, notes.join(", ")]);
     }
     println!("{}", table.trim_fmt());
+    for (name, stage) in stages {
+        for warning in &stage.warnings {
+            println!("  warning of {name}: {warning}");
+        }
+    }
 }
 
 fn title(record: &RunRecord) -> String {
@@ -188,6 +197,7 @@ pub fn stages(events: &[Event], run: RunState) -> BTreeMap<String, StageStatus> 
             devices: Vec::new(),
             progress: None,
             note: String::new(),
+            warnings: Vec::new(),
         });
         match &event.body {
             Body::Queued { reason, .. } => (stage.state, stage.note) = ("queued", reason.clone()),
@@ -195,13 +205,17 @@ pub fn stages(events: &[Event], run: RunState) -> BTreeMap<String, StageStatus> 
                 (stage.state, stage.since, stage.attempt) = ("running", Some(event.t), event.attempt.unwrap_or(1));
                 stage.devices.clone_from(devices);
                 stage.progress = None;
+                stage.warnings.clear();
             }
+            Body::Log { level: LogLevel::Warn, message } => stage.warnings.push(message.clone()),
             Body::Progress { done, total, unit } => stage.progress = Some((*done, *total, unit.clone())),
             Body::Cached { .. } => stage.state = "cached",
             Body::Finished { seconds, peak_memory, peak_gpu_memory } => {
                 stage.peak_gpu_memory = *peak_gpu_memory;
                 (stage.state, stage.seconds, stage.peak_memory) = ("done", Some(*seconds), Some(*peak_memory));
                 stage.progress = None;
+                // Why it had to run is no more true of what it is now.
+                stage.note.clear();
             }
             Body::Failed { message, seconds, retry_in, .. } => {
                 stage.state = if retry_in.is_some() { "to be tried again" } else { "failed" };
@@ -236,7 +250,11 @@ mod tests {
             event("a", Some(1), Body::Progress { done: 3, total: 9, unit: "row".into() }),
             event("b", None, Body::Cached { saved: None }),
             event("c", None, queued()),
+            event("d", None, queued()),
+            event("d", Some(1), Body::Log { level: LogLevel::Warn, message: "of the first attempt".into() }),
             event("d", Some(2), started()),
+            event("d", Some(2), Body::Log { level: LogLevel::Warn, message: "odd".into() }),
+            event("d", Some(2), Body::Log { level: LogLevel::Info, message: "even".into() }),
             event("d", Some(2), Body::Finished { seconds: 2.0, peak_memory: 7, peak_gpu_memory: None }),
         ];
         let states = |run| stages(&events, run).into_values().map(|s| s.state).collect::<Vec<_>>();
@@ -245,5 +263,7 @@ mod tests {
         let found = stages(&events, RunState::Running);
         assert_eq!(found["a"].progress, Some((3, 9, "row".into())));
         assert_eq!((found["d"].attempt, found["d"].peak_memory), (2, Some(7)));
+        assert_eq!((found["c"].note.as_str(), found["d"].note.as_str()), ("never ran", ""));
+        assert_eq!(found["d"].warnings, ["odd"]);
     }
 }

@@ -12,8 +12,13 @@ use grlm_cache::{ActionRecord, Content, Provenance, RECORD_FORMAT, Store, StoreE
 use grlm_stages::{Artifact, Device, Failure, WorkerEvent, hub::PinnedModel};
 use serde_json::Value;
 
-use super::decide::{self, Action, Answer};
+use super::{
+    decide::{self, Action, Answer},
+    names::Names,
+    outputs::{self, WrongOutput},
+};
 use crate::{
+    events::Body,
     executor::{AttemptEnd, AttemptFailure, AttemptSpec, Launch, LaunchError, Launcher, StopReceiver, guard::Guard},
     pipeline::{SubstituteError, substitute},
 };
@@ -40,8 +45,13 @@ pub struct Job {
 pub enum JobInput {
     /// A user's file, read where it lies.
     File(PathBuf),
-    /// An earlier stage's output, shown under this file name.
-    Stored(String),
+    /// An earlier stage's output.
+    Stored {
+        /// Under this name it is shown.
+        file: String,
+        /// `stage.output`.
+        from: String,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -92,6 +102,23 @@ pub enum End {
         duration: Duration,
         lost: Vec<String>,
     },
+}
+
+impl End {
+    /// What the log of the attempt says of it.
+    pub fn told(&self) -> Option<Body> {
+        match self {
+            End::Published { record, duration } => Some(Body::Finished {
+                seconds: duration.as_secs_f64(),
+                peak_memory: record.peak_memory,
+                peak_gpu_memory: record.peak_gpu_memory,
+            }),
+            End::Reused(_) => None,
+            End::Failed { failure, duration } | End::Again { failure, duration, .. } => {
+                Some(Body::failed(failure.clone(), *duration, None))
+            }
+        }
+    }
 }
 
 /// Something below the stage failed: the store or the start of the worker.
@@ -152,9 +179,12 @@ impl Workshop {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let launch =
             Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
+        let names = Names::new(job, &spec);
+        let mut pass_on = |event| on_event(names.in_event(event));
         let AttemptEnd { result, duration, peak_memory, peak_gpu_memory, rows, .. } =
-            self.launcher.run(&launch, stop, on_event).await?;
-        if let Err(mut failure) = result {
+            self.launcher.run(&launch, stop, &mut pass_on).await?;
+        if let Err(failure) = result {
+            let mut failure = names.in_failure(failure);
             if is_full(&folder) {
                 failure.help =
                     Some("the disk of the store is full; `grlm gc` frees space, `--store` names another".into());
@@ -164,17 +194,17 @@ impl Workshop {
         }
         let (workshop, job, spec) = (self.clone(), job.clone(), spec);
         let published = tokio::task::spawn_blocking(move || -> Result<_, AttemptError> {
-            if let Some(message) = workshop
-                .wrong_output(&job, &spec)
-                .or_else(|| Some(format!("{} changed while the stage ran", workshop.changed(&job)?)))
-            {
-                workshop.forget(&folder);
-                return Ok(Err(message));
-            }
-            let mut outputs = BTreeMap::new();
-            for output in &job.outputs {
-                outputs.insert(output.port.clone(), workshop.store.ingest(&spec.outputs[&output.port])?);
-            }
+            let taken = match workshop.changed(&job) {
+                Some(what) => Err(WrongOutput { message: format!("{what} changed while the stage ran"), help: None }),
+                None => outputs::take(&workshop.store, &job.outputs, &spec.outputs)?,
+            };
+            let outputs = match taken {
+                Ok(outputs) => outputs,
+                Err(wrong) => {
+                    workshop.forget(&folder);
+                    return Ok(Err(wrong));
+                }
+            };
             let record = ActionRecord {
                 format: RECORD_FORMAT,
                 key: job.action.key,
@@ -200,8 +230,8 @@ impl Workshop {
         })??;
         Ok(match published {
             Ok(record) => End::Published { record: Box::new(record), duration },
-            Err(message) => End::Failed {
-                failure: AttemptFailure { failure: Failure::WrongInput, message, help: None, tail: Vec::new() },
+            Err(WrongOutput { message, help }) => End::Failed {
+                failure: AttemptFailure { failure: Failure::WrongInput, message, help, tail: Vec::new() },
                 duration,
             },
         })
@@ -220,8 +250,8 @@ impl Workshop {
         for (port, input) in &job.inputs {
             let path = match input {
                 JobInput::File(path) => self.directory.join(path),
-                JobInput::Stored(name) => {
-                    let dest = folder.join("in").join(port).join(name);
+                JobInput::Stored { file, .. } => {
+                    let dest = folder.join("in").join(port).join(file);
                     make(dest.parent().unwrap_or(folder))?;
                     self.store.stage_input(&job.action.inputs[port], &dest)?;
                     dest
@@ -250,27 +280,6 @@ impl Workshop {
         spec.pass_env.clone_from(&job.pass_env);
         spec.secrets.clone_from(&job.secrets);
         Ok(spec)
-    }
-
-    /// What is wrong with the outputs, if anything is.
-    fn wrong_output(&self, job: &Job, spec: &AttemptSpec) -> Option<String> {
-        job.outputs.iter().find_map(|output| {
-            let path = &spec.outputs[&output.port];
-            let problem = match fs::metadata(path) {
-                Err(_) => "was not written".to_owned(),
-                Ok(m) if m.is_dir() => match fs::read_dir(path).map(|mut d| d.next().is_none()) {
-                    Ok(true) if !output.may_be_empty => "is an empty folder".into(),
-                    _ => return None,
-                },
-                Ok(m) if m.len() == 0 && !output.may_be_empty => "is empty".into(),
-                Ok(m) if m.len() == 0 => return None,
-                Ok(_) => match grlm_stages::artifact::check(output.artifact, path, output.may_be_empty) {
-                    Ok(()) => return None,
-                    Err(error) => format!("is not what it should be: {error}"),
-                },
-            };
-            Some(format!("output `{}` ({}) {problem}", output.port, output.file))
-        })
     }
 
     /// What of the user's own the result is made of: what it is, where it lies, and its digest when the run began.

@@ -10,8 +10,9 @@ use grlm_stages::{context::Identity, hub::PinnedModel};
 use rayon::prelude::*;
 
 use super::{
+    content::Odd,
     models::Models,
-    work::{Permission, Source, Work},
+    work::{Node, Permission, Source, Work},
 };
 use crate::{
     engine::history::History,
@@ -30,8 +31,8 @@ impl Files {
     /// Digests every file that a node that may run (or be used) names, code of commands included.
     ///
     /// # Errors
-    /// The first file that cannot be read.
-    pub fn digest(store: &Store, work: &Work) -> Result<Self, StoreError> {
+    /// The first file that cannot be read, or the store.
+    pub fn digest(store: &Store, work: &Work) -> Result<Self, FilesError> {
         let mut paths: Vec<&Path> = Vec::new();
         for (id, node) in work.nodes.iter().enumerate() {
             if node.permission == Permission::Leave {
@@ -45,12 +46,15 @@ impl Files {
         }
         paths.sort_unstable();
         paths.dedup();
-        let one = |path: &&Path| store.digest(path).map(|content| (path.to_path_buf(), content));
+        let one = |path: &&Path| match store.digest(path) {
+            Ok(content) => Ok((path.to_path_buf(), content)),
+            Err(error) => Err(FilesError::of(path, error, work)),
+        };
         // A large file is hashed by all cores itself; many small ones are spread over them.
         let digested = if paths.len() < 64 {
-            paths.iter().map(one).collect::<Result<_, _>>()?
+            paths.iter().map(one).collect::<Result<_, FilesError>>()?
         } else {
-            paths.par_iter().map(one).collect::<Result<_, _>>()?
+            paths.par_iter().map(one).collect::<Result<_, FilesError>>()?
         };
         Ok(Self { contents: digested, models: Models::pin(store, work)? })
     }
@@ -62,6 +66,39 @@ impl Files {
     pub fn iter(&self) -> impl Iterator<Item = (&PathBuf, &Content)> {
         self.contents.iter()
     }
+}
+
+/// Files of the user's that cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    #[error("{name} ({}): {what}", path.display())]
+    Odd { name: String, path: PathBuf, what: String, help: Option<String> },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl FilesError {
+    /// Names what the pipeline calls the file, if the error is the file's and not the store's.
+    fn of(path: &Path, error: StoreError, work: &Work) -> Self {
+        let Some(Odd { path: place, what, help }) = Odd::below(path, &error) else { return error.into() };
+        let what = if place == path { format!("it {what}") } else { format!("`{}` {what}", place.display()) };
+        Self::Odd { name: name_of(path, work), path: path.to_owned(), what, help }
+    }
+}
+
+/// ``input `stage.port` ``, or whose code it is.
+fn name_of(path: &Path, work: &Work) -> String {
+    // A stage that nobody asked for may read it too.
+    let asked_for = || work.nodes.iter().filter(|node| node.permission != Permission::Leave);
+    let input = asked_for().find_map(|node| {
+        let (port, _) = node.sources.iter().find(|(_, source)| matches!(source, Source::File(file) if file == path))?;
+        Some(format!("input `{}.{port}`", node.label))
+    });
+    let code = || {
+        let declares = |node: &&Node| work.stage_of(node).code.iter().any(|code| code == path);
+        Some(format!("code of `{}`", asked_for().find(declares)?.label))
+    };
+    input.or_else(code).unwrap_or_else(|| "a file of the pipeline".to_owned())
 }
 
 /// A stage with all its inputs known.

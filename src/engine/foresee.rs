@@ -14,7 +14,7 @@ use super::{
 /// Walks the graph without running anything: what each node would do, and why.
 ///
 /// # Errors
-/// The store cannot be read.
+/// A file of the user's or the store cannot be read.
 pub fn foresee(store: &Store, work: &Work) -> Result<Vec<Foreseen>, RunError> {
     let files = Files::digest(store, work)?;
     let histories: HashMap<usize, History> =

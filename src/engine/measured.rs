@@ -30,6 +30,12 @@ pub struct Measured {
     /// Of the last attempt that succeeded.
     #[serde(default)]
     pub seconds: f64,
+    /// The pipeline that it succeeded in.
+    #[serde(default)]
+    pub pipeline: Option<String>,
+    /// What it read there, in bytes.
+    #[serde(default)]
+    pub input_bytes: Option<u64>,
     /// The largest resident set, in bytes.
     #[serde(default)]
     pub memory: u64,
@@ -61,6 +67,16 @@ impl Measured {
         })
     }
 
+    /// Seconds to expect in this pipeline, of inputs of this size. What the stage took in another one counts only if it
+    /// had about as much to read there: equal parameters are no word of how much there is to do.
+    pub fn seconds_in(&self, pipeline: &str, input_bytes: Option<u64>) -> Option<f64> {
+        let about_as_much =
+            |then: u64, now: u64| then <= now.saturating_mul(LIKE_SIZED) && now <= then.saturating_mul(LIKE_SIZED);
+        let counts = self.pipeline.as_deref() == Some(pipeline)
+            || self.input_bytes.zip(input_bytes).is_some_and(|(then, now)| about_as_much(then, now));
+        Some(self.seconds).filter(|seconds| counts && *seconds > 0.0)
+    }
+
     /// # Errors
     /// No space, no permission.
     pub fn write(&self, store: &Store, stage: &Stage, machine: &Machine) -> io::Result<()> {
@@ -90,6 +106,9 @@ impl Measured {
     }
 }
 
+/// Inputs whose sizes differ by no more than this factor are about as large.
+const LIKE_SIZED: u64 = 2;
+
 /// A context and libraries take this much before a measurement sees any of it.
 const SLACK: u64 = 512 << 20;
 
@@ -101,4 +120,23 @@ fn path(store: &Store, stage: &Stage, params: &Value, machine: &Machine) -> Path
     let gpu = if stage.resources.gpus > 0 { machine.gpus.iter().map(|gpu| gpu.memory).max() } else { None };
     let text = format!("{}\n{}\n{params}\n{gpu:?}", stage.name, stage.kind.name());
     store.root().join("measured").join(format!("{}.json", &Digest::of(text.as_bytes()).hex()[..32]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_pipelines_time_counts_for_inputs_of_about_the_same_size() {
+        let seen =
+            Measured { seconds: 3.0, pipeline: Some("small".into()), input_bytes: Some(100), ..Measured::default() };
+        assert_eq!(seen.seconds_in("small", None), Some(3.0));
+        assert_eq!(seen.seconds_in("small", Some(10_000)), Some(3.0));
+        let of_other = |bytes| seen.seconds_in("large", bytes);
+        assert_eq!([50, 100, 200].map(|bytes| of_other(Some(bytes))), [Some(3.0); 3]);
+        assert_eq!([Some(49), Some(201), None].map(of_other), [None; 3]);
+        let old = Measured { seconds: 3.0, ..Measured::default() };
+        assert_eq!(old.seconds_in("small", Some(0)), None, "nobody knows what it had to do");
+        assert_eq!(Measured { seconds: 0.0, ..seen.clone() }.seconds_in("small", None), None, "never succeeded");
+    }
 }

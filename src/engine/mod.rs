@@ -5,7 +5,11 @@
 //! | `work` | the graph of a request, and which of it may run |
 //! | `decide` | whether a stage has to run, and why |
 //! | `history` | what each stage stood for last time |
+//! | `nearest` | which earlier result differs least |
 //! | `attempt` | one action from lock to record |
+//! | `outputs` | what an attempt wrote, checked and taken in |
+//! | `content` | what cannot be stored, in words |
+//! | `names` | paths of an attempt as its user knows them |
 //! | `measured` | what stages were seen to need |
 //! | `rows` | how many rows of a stage are missing |
 //! | `outlook` | what follows from that for the order of stages |
@@ -14,12 +18,16 @@
 //! | `shortcut` | the loop spared, where nothing at all has changed |
 
 pub mod attempt;
+mod content;
 pub mod decide;
 pub mod foresee;
 pub mod history;
 pub mod measured;
 mod models;
+mod names;
+pub mod nearest;
 mod outlook;
+mod outputs;
 pub mod rows;
 pub mod run;
 pub mod shortcut;

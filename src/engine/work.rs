@@ -30,7 +30,13 @@ pub struct Parts {
 impl Parts {
     /// Whether the whole graph is meant, nothing forced.
     pub fn is_everything(&self) -> bool {
-        self.until.is_empty() && self.from.is_empty() && self.only.is_empty() && self.force.is_empty()
+        self.restrictions().is_empty() && self.force.is_empty()
+    }
+
+    /// The options that leave stages out.
+    fn restrictions(&self) -> Vec<&'static str> {
+        let all = [("`--until`", &self.until), ("`--from`", &self.from), ("`--only`", &self.only)];
+        all.into_iter().filter(|(_, stages)| !stages.is_empty()).map(|(option, _)| option).collect()
     }
 }
 
@@ -85,20 +91,26 @@ pub struct Work {
     pub nodes: Vec<Node>,
 }
 
-/// A stage was named that no pipeline of the request has.
-#[derive(Debug, thiserror::Error)]
-#[error("there is no stage `{name}`")]
-pub struct UnknownStage {
-    pub name: String,
-    pub nearest: Option<String>,
+/// What is wrong with a choice of parts.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PartsError {
+    /// No pipeline of the request has it.
+    #[error("there is no stage `{name}`")]
+    UnknownStage { name: String, known: Vec<String> },
+    #[error("`--force {name}`: `{name}` is not among the stages that {} chose", options.join(" and "))]
+    ForcedOutside {
+        name: String,
+        /// Those that chose.
+        options: Vec<&'static str>,
+    },
 }
 
 impl Work {
     /// Merges the pipelines and marks what `parts` means.
     ///
     /// # Errors
-    /// `parts` names a stage that does not exist.
-    pub fn new(pipelines: Vec<Pipeline>, parts: &Parts) -> Result<Self, UnknownStage> {
+    /// `parts` names a stage that does not exist, or forces one that it does not mean.
+    pub fn new(pipelines: Vec<Pipeline>, parts: &Parts) -> Result<Self, PartsError> {
         let merged = graph::merge(&pipelines);
         let mut nodes: Vec<Node> = Vec::with_capacity(merged.nodes.len());
         let mut node_of: Vec<Vec<NodeId>> = pipelines.iter().map(|p| vec![usize::MAX; p.stages.len()]).collect();
@@ -146,7 +158,12 @@ impl Work {
 
     /// The definition that a node stands for.
     pub fn stage(&self, node: NodeId) -> &Stage {
-        let Place { pipeline, stage } = self.nodes[node].places[0];
+        self.stage_of(&self.nodes[node])
+    }
+
+    /// The same of a node in hand.
+    pub fn stage_of(&self, node: &Node) -> &Stage {
+        let Place { pipeline, stage } = node.places[0];
         &self.pipelines[pipeline].stages[stage]
     }
 
@@ -156,16 +173,13 @@ impl Work {
     }
 
     /// The nodes of this stage name, in any of the pipelines.
-    fn named(&self, name: &str) -> Result<Vec<NodeId>, UnknownStage> {
+    fn named(&self, name: &str) -> Result<Vec<NodeId>, PartsError> {
         let found: Vec<NodeId> = (0..self.nodes.len()).filter(|&id| self.stage(id).name.to_string() == name).collect();
         if !found.is_empty() {
             return Ok(found);
         }
-        let nearest = (0..self.nodes.len())
-            .map(|id| self.stage(id).name.to_string())
-            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)))
-            .filter(|n| strsim::jaro_winkler(n, name) > 0.7);
-        Err(UnknownStage { name: name.to_owned(), nearest })
+        let known: BTreeSet<String> = (0..self.nodes.len()).map(|id| self.stage(id).name.to_string()).collect();
+        Err(PartsError::UnknownStage { name: name.to_owned(), known: known.into_iter().collect() })
     }
 
     /// Several nodes of one name are told apart by the first variant that has each.
@@ -183,13 +197,12 @@ impl Work {
         }
     }
 
-    fn permit(&mut self, parts: &Parts) -> Result<(), UnknownStage> {
-        let all = |names: &[String]| -> Result<Vec<NodeId>, UnknownStage> {
+    fn permit(&mut self, parts: &Parts) -> Result<(), PartsError> {
+        let all = |names: &[String]| -> Result<Vec<NodeId>, PartsError> {
             names.iter().map(|n| self.named(n)).collect::<Result<Vec<_>, _>>().map(|v| v.concat())
         };
         let (until, from, only, force) = (all(&parts.until)?, all(&parts.from)?, all(&parts.only)?, all(&parts.force)?);
-        let restricted = !(until.is_empty() && from.is_empty() && only.is_empty());
-        if restricted {
+        if !parts.restrictions().is_empty() {
             let mut run: BTreeSet<NodeId> = only.into_iter().collect();
             run.extend(self.reach(until, |node| producers(node).collect()));
             run.extend(self.reach(from, |node| node.dependents.clone()));
@@ -204,7 +217,17 @@ impl Work {
                 };
             }
         }
+        let mut forced = BTreeSet::new();
         for id in force {
+            if self.nodes[id].permission != Permission::Run {
+                return Err(PartsError::ForcedOutside {
+                    name: self.stage(id).name.to_string(),
+                    options: parts.restrictions(),
+                });
+            }
+            forced.insert(id);
+        }
+        for id in forced {
             self.nodes[id].permission = Permission::Force;
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, io::Read, io::Seek, path::Path, time::Duration}
 
 use grlm_stages::{Failure, WorkerEvent};
 
-use super::process::Exit;
+use super::{process::Exit, report::is_reported};
 
 /// The end of an attempt.
 #[derive(Debug, Clone)]
@@ -147,7 +147,8 @@ fn describe(exit: Exit) -> String {
     }
 }
 
-/// The last lines of a log: at most `lines`, and of at most 8 KiB.
+/// The last lines that were printed into a log: at most `lines`, and of at most 8 KiB. What was reported beside them
+/// was shown when it came.
 pub fn tail(log: &Path, lines: usize) -> Vec<String> {
     const WINDOW: u64 = 8192;
     let read = || -> std::io::Result<String> {
@@ -164,7 +165,8 @@ pub fn tail(log: &Path, lines: usize) -> Vec<String> {
         })
     };
     let text = read().unwrap_or_default();
-    let all: Vec<&str> = text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect();
+    let all: Vec<&str> =
+        text.lines().filter(|l| !is_reported(l)).map(str::trim_end).filter(|l| !l.is_empty()).collect();
     all[all.len().saturating_sub(lines)..].iter().map(|l| (*l).to_owned()).collect()
 }
 
@@ -216,5 +218,7 @@ mod tests {
         assert_eq!(tail(file.path(), 2), ["line 4998", "line 4999"]);
         assert!(tail(file.path(), 100_000).iter().all(|l| l.starts_with("line ")));
         assert!(tail(Path::new("/nonexistent"), 3).is_empty());
+        std::fs::write(file.path(), "printed\n[2026-01-02 03:04:05 grlm] warning: reported\n").unwrap();
+        assert_eq!(tail(file.path(), 3), ["printed"]);
     }
 }

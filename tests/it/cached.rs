@@ -232,3 +232,29 @@ fn nothing_is_spared_when_anything_changed() {
     assert_eq!(run(&["--force", "other"]), ["other"]);
     assert!(run(&[]).is_empty());
 }
+
+#[test]
+fn explain_finds_the_nearest_result_in_other_pipelines_and_runs() {
+    let env = three();
+    let variants = "variants:\n  v: { set: { other.with.run: \"cat ${inputs.text} | cat > ${outputs.out}\" } }\n";
+    env.write("three.yaml", &format!("{THREE}{variants}"));
+    env.ok(&["run", "three.yaml", "--until", "other"]);
+    let text = env.ok(&["explain", "three.yaml", "other", "--variant", "v"]).stdout;
+    assert!(text.contains("compared with") && text.contains("of stage `other` of three, run "), "{text}");
+    assert!(text.contains("with.run") && !text.contains("never ran"), "{text}");
+    let text = env.ok(&["explain", "three.yaml", "other"]).stdout;
+    assert!(text.contains("up to date") && !text.contains("nearest"), "there is no other: {text}");
+    env.ok(&["run", "three.yaml", "--until", "other", "--variant", "v"]);
+    let text = env.ok(&["explain", "three.yaml", "other"]).stdout;
+    assert!(text.contains("nearest other result") && text.contains("of three@v, run "), "{text}");
+    assert!(text.contains("with.run"), "{text}");
+}
+
+#[test]
+fn a_quiet_run_says_its_results_and_nothing_else() {
+    let env = three();
+    for _ in 0..2 {
+        let told = env.ok(&["run", "three.yaml", "--quiet"]);
+        assert_eq!((told.stdout.as_str(), told.stderr.as_str()), ("results: out/three\n", ""));
+    }
+}

@@ -211,5 +211,25 @@ variants:
     let text = env.ok(&plan[..plan.len() - 1]).stdout;
     assert!(text.contains("2 h 00 min") && text.contains("sim3"), "{text}");
     let unknown = env.ok(&["plan", "sweep.yaml", "--devices", "sim:1x80GiB"]).stdout;
-    assert!(unknown.contains("never ran, so counted as nothing: prepare, train"), "{unknown}");
+    assert!(unknown.contains("time not known, so counted as nothing: prepare, train"), "{unknown}");
+}
+
+#[test]
+fn a_time_from_another_pipeline_counts_for_inputs_of_its_size_alone() {
+    let env = Environment::new();
+    let pipeline = |name: &str| {
+        format!(
+            "name: {name}\nstages:\n  s:\n    uses: command\n    inputs: {{ text: {{ file: {name}.txt }} }}\n    \
+             with: {{ run: 'wc -c < ${{inputs.text}} > ${{outputs.out}}' }}\n    outputs: {{ out: x.txt }}\n"
+        )
+    };
+    for (name, bytes) in [("small", 100), ("like", 150), ("large", 1000)] {
+        env.write(&format!("{name}.yaml"), &pipeline(name));
+        env.write(&format!("{name}.txt"), &"x".repeat(bytes));
+    }
+    env.ok(&["run", "small.yaml"]);
+    let unknown = |file: &str| {
+        env.ok(&["plan", file, "--devices", "sim:1x80GiB"]).stdout.contains("time not known, so counted as nothing: s")
+    };
+    assert!(!unknown("like.yaml") && unknown("large.yaml"));
 }

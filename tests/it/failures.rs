@@ -1,6 +1,6 @@
 //! Stages that fail, hang or retry.
 
-use crate::environment::{Environment, THREE, three};
+use crate::environment::{Environment, THREE, three, unwrapped};
 
 #[test]
 fn a_failing_stage_stops_the_run_with_its_last_words() {
@@ -115,4 +115,74 @@ fn what_changes_while_a_stage_runs_gives_no_result() {
     // Unchanged, it has one.
     env.write("three.yaml", &edit("sh c.sh < ${inputs.text}"));
     env.ok(&["run", "three.yaml", "--until", "upper"]);
+}
+
+/// What the journal of the only run has of a kind of event.
+fn events(env: &Environment, kind: &str) -> Vec<serde_json::Value> {
+    let files = env.tree(".grlm/runs");
+    let (_, text) = files.iter().find(|(path, _)| path.ends_with("events.jsonl")).unwrap();
+    let all = String::from_utf8_lossy(text).lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>();
+    all.into_iter().filter(|event: &serde_json::Value| event["kind"] == kind).collect()
+}
+
+#[test]
+fn an_output_that_cannot_be_stored_fails_its_stage_and_no_other() {
+    let env = Environment::new();
+    env.write(
+        "odd.yaml",
+        r#"
+name: odd
+stages:
+  odd:
+    uses: command
+    with: { run: "mkdir ${outputs.out}; ln -s nowhere ${outputs.out}/link" }
+    outputs: { out: f }
+  plain:
+    uses: command
+    with: { run: "sleep 0.5; echo plain > ${outputs.out}" }
+    outputs: { out: x.txt }
+"#,
+    );
+    let said = env.fails(1, &["run", "odd.yaml", "--keep-going"]);
+    assert!(said.contains("odd: failed: output `out` (f): `link` is a link that leads nowhere"), "{said}");
+    assert!(said.contains("help: remove it"), "{said}");
+    assert_eq!(env.read("out/odd/plain/x.txt"), "plain\n");
+    assert_eq!(events(&env, "failed")[0]["stage"], "odd");
+    assert_eq!(events(&env, "run_finished")[0]["outcome"], "failed");
+}
+
+#[test]
+fn a_run_that_cannot_show_its_results_ends_and_says_what_to_do() {
+    let env = three();
+    env.write("out/three/upper", "in the way");
+    let said = unwrapped(&env.fails(4, &["run", "three.yaml"]));
+    assert!(said.contains("cannot show `upper.out` at out/three/upper/upper.txt"), "{said}");
+    assert!(said.contains("`--out FOLDER`"), "{said}");
+    assert_eq!(events(&env, "run_finished")[0]["outcome"], "failed");
+    let status = env.ok(&["status"]).stdout;
+    assert!(status.contains("failed") && !status.contains("died"), "{status}");
+    assert_eq!(events(&env, "skipped").pop().unwrap()["because"], "the run could not go on");
+}
+
+#[test]
+fn an_input_that_cannot_be_stored_is_named() {
+    let env = three();
+    env.write("src.d/plain", "x");
+    std::os::unix::fs::symlink("nowhere", env.path("src.d/link")).unwrap();
+    for arguments in [&["plan", "three.yaml"], &["run", "three.yaml"]] {
+        let said =
+            unwrapped(&env.fails(3, &[arguments[0], arguments[1], "--until", "upper", "--set", "vars.source=src.d"]));
+        assert!(said.contains("input `upper.text` (src.d): `src.d/link` is a link that leads nowhere"), "{said}");
+    }
+    assert!(!env.ok(&["status"]).stdout.contains("died"));
+}
+
+#[test]
+fn a_plan_ends_with_why_the_run_will_be_refused() {
+    let env = three();
+    env.write("three.yaml", &THREE.replacen("  count:\n", "  count:\n    resources: { gpus: 3 }\n", 1));
+    let plan = env.ok(&["run", "three.yaml", "--dry-run", "--devices", "none"]).stdout;
+    let last = plan.lines().last().unwrap();
+    assert!(last.starts_with("`grlm run` will refuse: stage `count` cannot run here: it needs 3 GPUs"), "{plan}");
+    assert!(!env.ok(&["plan", "three.yaml", "--until", "upper"]).stdout.contains("refuse"));
 }

@@ -8,6 +8,7 @@ mod engine;
 mod environment;
 mod errors;
 mod failures;
+mod logs;
 mod partial;
 mod pipelines;
 mod robust;

@@ -1,6 +1,6 @@
 //! Partial runs and overrides.
 
-use crate::environment::three;
+use crate::environment::{three, unwrapped};
 
 #[test]
 fn until_runs_a_stage_and_what_it_needs() {
@@ -53,4 +53,19 @@ fn an_unknown_stage_name_is_answered_with_the_nearest() {
     let env = three();
     let error = env.fails(3, &["run", "three.yaml", "--until", "uper"]);
     assert!(error.contains("upper"), "{error}");
+}
+
+#[test]
+fn a_forced_stage_that_was_not_chosen_is_a_mistake() {
+    let env = three();
+    env.ok(&["run", "three.yaml"]);
+    env.ran();
+    for forced in ["count", "upper"] {
+        let chosen = if forced == "count" { "upper" } else { "count" };
+        let said = unwrapped(&env.fails(2, &["run", "three.yaml", "--only", chosen, "--force", forced]));
+        assert!(said.contains(&format!("`--force {forced}`")) && said.contains("`--only` chose"), "{said}");
+    }
+    assert!(env.ran().is_empty());
+    env.ok(&["run", "three.yaml", "--only", "count", "--force", "count"]);
+    assert_eq!(env.ran(), ["count"]);
 }

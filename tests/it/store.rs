@@ -38,7 +38,7 @@ fn pinned_and_named_results_survive_a_collection_of_everything_else() {
     let pins = env.ok(&["pin"]).stdout;
     assert!(pins.contains("first") && pins.contains("second"), "{pins}");
     env.ok(&["unpin", "first"]);
-    env.fails(4, &["unpin", "first"]);
+    env.fails(2, &["unpin", "first"]);
     assert!(env.ok(&["verify"]).stdout.contains("all as they should be"));
 }
 

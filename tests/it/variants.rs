@@ -123,3 +123,26 @@ variants:
     assert!(table.contains("better/many") && table.contains("better/few") && table.contains("+0.5000"), "{table}");
     assert!(env.fails(3, &["compare", "m.yaml", "--baseline", "other"]).contains("no metrics of `other`"));
 }
+
+#[test]
+fn compare_leaves_out_metrics_that_it_cannot_read() {
+    let env = three();
+    env.write(
+        "m.yaml",
+        r#"
+name: m
+vars: { text: '{"lm": {"recall@5": 0.25}}' }
+stages:
+  evaluate:
+    uses: command
+    with: { run: "echo '${vars.text}' > ${outputs.metrics}" }
+    outputs: { metrics: metrics.json }
+variants:
+  cut: { set: { vars.text: "{" } }
+"#,
+    );
+    env.ok(&["sweep", "m.yaml"]);
+    let told = env.ok(&["compare", "m.yaml"]);
+    assert!(told.stdout.contains("0.2500"), "{told:?}");
+    assert!(told.stderr.contains("left out: cut/evaluate: metrics.json: not valid JSON"), "{told:?}");
+}

@@ -30,8 +30,11 @@ impl Engine<'_> {
             Ok(End::Published { record, duration }) => {
                 let seconds = duration.as_secs_f64();
                 let (peak_memory, peak_gpu_memory) = (record.peak_memory, record.peak_gpu_memory);
+                let pipeline = self.work.pipelines[self.work.nodes[id].places[0].pipeline].name.clone();
+                let input_bytes = action.inputs.values().map(|content| content.size).sum();
                 self.learn(id, |measured| {
                     (measured.seconds, measured.memory) = (seconds, peak_memory);
+                    (measured.pipeline, measured.input_bytes) = (Some(pipeline), Some(input_bytes));
                     measured.gpu_memory = peak_gpu_memory.or(measured.gpu_memory);
                     measured.out_of_memory = tried.out_of_memory;
                 });
@@ -50,7 +53,12 @@ impl Engine<'_> {
                 }
             }
             Ok(End::Again { failure, duration, lost }) => return self.again(id, action, failure, duration, &lost),
-            Err(AttemptError::Store(error)) => self.give_up(error.into()),
+            Err(AttemptError::Store(error)) => {
+                let message = format!("the store failed it: {error}");
+                let (failure, help, tail) = (Failure::Environment, error.help(), Vec::new());
+                self.fail(id, AttemptFailure { failure, message, help, tail });
+                self.give_up(error.into());
+            }
             Err(error) => {
                 let failure = AttemptFailure {
                     failure: Failure::Environment,

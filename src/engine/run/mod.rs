@@ -3,6 +3,7 @@
 //! It runs on one thread, the one that lives as long as the program: workers die with it.
 
 mod end;
+mod finish;
 mod start;
 
 use std::{
@@ -19,7 +20,7 @@ use tokio::{sync::mpsc, task::LocalSet};
 
 use super::{
     attempt::{AttemptError, End, Workshop},
-    decide::{self, Action, Answer, Files},
+    decide::{self, Action, Answer, Files, FilesError},
     history::History,
     outlook::Outlook,
     rows,
@@ -73,8 +74,24 @@ pub enum RunError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Devices(#[from] HostError),
+    /// A file of the user's that cannot be taken.
+    #[error("{message}")]
+    File { message: String, help: Option<String> },
+    /// A result is in the store, and cannot be shown.
+    #[error("cannot show `{output}` at {}", path.display())]
+    Show { output: String, path: PathBuf, source: StoreError },
     #[error("cannot {action}")]
     Io { action: &'static str, source: io::Error },
+}
+
+impl From<FilesError> for RunError {
+    fn from(error: FilesError) -> Self {
+        let message = error.to_string();
+        match error {
+            FilesError::Store(error) => error.into(),
+            FilesError::Odd { help, .. } => Self::File { message, help },
+        }
+    }
 }
 
 /// The life of a node.
@@ -162,7 +179,13 @@ pub fn run(
         journal.set_name(name)?;
     }
     let directory = std::env::current_dir().map_err(io("find the working directory"))?;
-    let files = Files::digest(&store, work)?;
+    let files = match Files::digest(&store, work) {
+        Ok(files) => files,
+        Err(error) => {
+            finish::close_unbegun(&mut journal, id);
+            return Err(error.into());
+        }
+    };
     let histories = names.iter().map(|title| History::open(store.root(), title)).collect();
     let (sender, receiver) = mpsc::unbounded_channel();
     let run = id.as_str().to_owned();
@@ -368,21 +391,32 @@ impl Engine<'_> {
 
     /// A node has its result: it is shown, and what waited for it is decided.
     fn done(&mut self, id: NodeId, done: Done) {
+        let shown = self.show(id, &done);
+        for place in &self.work.nodes[id].places {
+            let stage = &self.work.pipelines[place.pipeline].stages[place.stage];
+            self.histories[place.pipeline].remember(stage.name.as_str(), done.key);
+        }
+        self.states[id] = State::Done(done);
+        match shown {
+            Ok(()) => self.open.extend_from_slice(&self.work.nodes[id].dependents),
+            Err(error) => self.give_up(error),
+        }
+    }
+
+    fn show(&self, id: NodeId, done: &Done) -> Result<(), RunError> {
         for place in &self.work.nodes[id].places {
             let pipeline = &self.work.pipelines[place.pipeline];
             let stage = &pipeline.stages[place.stage];
             let folder = self.options.out.join(pipeline.out_name()).join(stage.name.as_str());
             for output in &stage.outputs {
-                if let Some(content) = done.outputs.get(output.name.as_ref())
-                    && let Err(error) = self.workshop.store.materialise(content, &folder.join(output.file.as_ref()))
-                {
-                    return self.give_up(error.into());
+                let Some(content) = done.outputs.get(output.name.as_ref()) else { continue };
+                let path = folder.join(output.file.as_ref());
+                if let Err(source) = self.workshop.store.materialise(content, &path) {
+                    return Err(RunError::Show { output: format!("{}.{}", stage.name, output.name), path, source });
                 }
             }
-            self.histories[place.pipeline].remember(stage.name.as_str(), done.key);
         }
-        self.states[id] = State::Done(done);
-        self.open.extend_from_slice(&self.work.nodes[id].dependents);
+        Ok(())
     }
 
     fn fail(&mut self, id: NodeId, failure: AttemptFailure) {
@@ -420,37 +454,5 @@ impl Engine<'_> {
         if let Err(error) = self.journal.append(&event) {
             self.error.get_or_insert(error.into());
         }
-    }
-
-    fn finish(mut self, titles: &[String]) -> Result<Ended, RunError> {
-        for (history, title) in self.histories.iter_mut().zip(titles) {
-            if let Err(error) = history.write(title) {
-                tracing::warn!(%error, "what was run is not remembered for explanations");
-            }
-        }
-        if let Some(error) = self.error {
-            return Err(error);
-        }
-        let interrupted = *self.stop.1.borrow() != Stop::No;
-        let left: Vec<NodeId> = (0..self.states.len())
-            .filter(|&id| {
-                matches!(self.states[id], State::Waiting | State::Queued(_) | State::Elsewhere(_) | State::Twin)
-                    && self.work.nodes[id].permission != Permission::Leave
-            })
-            .collect();
-        for id in left {
-            let because = if interrupted { "the run was stopped" } else { "another stage failed" };
-            self.emit(Some(id), None, Body::Skipped { because: because.into() });
-        }
-        let outcome = match (interrupted, self.failed) {
-            (true, _) => Outcome::Interrupted,
-            (_, true) => Outcome::Failed,
-            _ => Outcome::Succeeded,
-        };
-        let (counts, seconds) = (self.counts, self.started.elapsed().as_secs_f64());
-        self.emit(None, None, Body::RunFinished { outcome, counts, seconds });
-        self.journal.flush()?;
-        let results = self.states.into_iter().map(|s| if let State::Done(done) = s { Some(done) } else { None });
-        Ok(Ended { outcome, counts, results: results.collect(), files: self.files })
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     events::Body,
     executor::{
         Stop,
+        report::Report,
         retry::{Retry, RetryPolicy},
     },
     schedule::TaskId,
@@ -68,7 +69,7 @@ impl Engine<'_> {
         let job = self.job(id, *action);
         let stage = self.work.stage(id);
         let shrinks = stage.kind.shrinks();
-        let policy = RetryPolicy { retries: Some(stage.retries).filter(|&r| r > 0), shrinks };
+        let policy = RetryPolicy { retries: stage.retries, shrinks };
         let learnt = self.outlook().measured[id].as_ref().map_or(0, |measured| measured.out_of_memory);
         let mut tried = *self.tried.entry(id).or_insert(Tried { attempts: 0, out_of_memory: learnt });
         let shares = lease.gpu_memory.is_some() && !lease.gpus.is_empty();
@@ -90,13 +91,18 @@ impl Engine<'_> {
                     let _ = sender.send(Message::Event(id, number, body));
                 };
                 say(Body::Started { cpus: leased.cpus, devices: devices.clone() });
+                let mut report = Report::new(log);
                 let mut pass_on = |event| {
                     if let Some(body) = Body::from_worker(event) {
+                        report.tell(&body);
                         say(body);
                     }
                 };
                 let trial = Trial { number, out_of_memory: tried.out_of_memory, log };
                 let end = workshop.attempt(&job, &trial, &leased, stop.clone(), &mut pass_on).await;
+                if let Some(body) = end.as_ref().ok().and_then(End::told) {
+                    report.end(&body);
+                }
                 let Ok(End::Failed { failure, duration }) = &end else { break end };
                 let (failure, duration) = (failure.clone(), *duration);
                 if *stop.borrow() != Stop::No {
@@ -136,7 +142,10 @@ impl Engine<'_> {
             .map(|(port, source)| {
                 let input = match source {
                     Source::File(path) => JobInput::File(path.clone()),
-                    Source::Output { file, .. } => JobInput::Stored(file.clone()),
+                    Source::Output { node, port, file } => JobInput::Stored {
+                        file: file.clone(),
+                        from: format!("{}.{port}", self.work.nodes[*node].label),
+                    },
                 };
                 (port.clone(), input)
             })
