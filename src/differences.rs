@@ -33,7 +33,7 @@ pub struct Compared {
     pub baseline: usize,
     /// Users that both have evaluated.
     pub users: usize,
-    /// Every one of these users is a hit of both, at ranks that count the same, or of neither: nothing is asked of them.
+    /// Every one of these users counts the same in both, in all figures that both have: nothing is asked of them.
     pub same: bool,
     /// None, if they are the same.
     pub figures: Vec<Compare>,
@@ -130,7 +130,7 @@ fn compare_pair(
     let of = |ranks: &Ranks| -> Vec<Option<u32>> { users.iter().map(|user| ranks[*user]).collect() };
     let (first, second) = (of(other), of(own));
     let alike = |(a, b): (&Option<u32>, &Option<u32>)| figures.iter().all(|(_, f)| f.gain(*a) == f.gain(*b));
-    if !users.is_empty() && first.iter().zip(&second).all(alike) {
+    if !users.is_empty() && !figures.is_empty() && first.iter().zip(&second).all(alike) {
         return (users.len(), true, Vec::new());
     }
     let parsed: Vec<Figure> = figures.iter().map(|(_, figure)| *figure).collect();
@@ -148,11 +148,11 @@ fn compare_pair(
 pub fn table(rows: &[Row], compared: &[Compared]) -> String {
     let name = |place: usize| format!("{}/{}", rows[place].variant, rows[place].model);
     let mut lines = Vec::new();
-    if compared.iter().any(|c| !c.same) {
+    if compared.iter().any(|c| !c.figures.is_empty()) {
         lines.push(table_of(rows, compared));
     }
     let same = compared.iter().filter(|c| c.same);
-    lines.extend(same.map(|c| format!("{}: the same lists as {}", name(c.row), name(c.baseline))));
+    lines.extend(same.map(|c| format!("{}: counts the same for every user as {}", name(c.row), name(c.baseline))));
     lines.join("\n")
 }
 
@@ -257,7 +257,11 @@ mod tests {
         assert!(recall.adjusted_p <= 2.0 * recall.difference.p, "two questions were asked, not four");
         let text = table(&rows, &compared);
         assert_eq!(text.lines().count(), 4, "{text}");
-        assert!(text.ends_with("beams/lm: the same lists as default/lm"), "{text}");
-        assert_eq!(table(&rows, &compared[..1]), "beams/lm: the same lists as default/lm");
+        assert!(text.ends_with("beams/lm: counts the same for every user as default/lm"), "{text}");
+        let mut others = [row("default", "lm"), row("beams", "lm")];
+        others.iter_mut().for_each(|row| row.figures = [("recall@1".to_owned(), 0.5)].into_iter().collect());
+        let nothing = compare(&others, &[ranks(0..40), ranks(0..40)], &Baseline::FirstOfModel, 500, 1);
+        assert_eq!(table(&others, &nothing), "", "no figure that both have was compared");
+        assert_eq!(table(&rows, &compared[..1]), "beams/lm: counts the same for every user as default/lm");
     }
 }

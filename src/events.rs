@@ -6,6 +6,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use grlm_cache::ActionKey;
 use grlm_stages::{Failure, WorkerEvent, event::LogLevel};
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +77,9 @@ pub enum Body {
         /// Seconds it took when it was computed.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         saved: Option<f64>,
+        /// The action whose result it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        key: Option<ActionKey>,
     },
     /// An attempt succeeded and its result is published.
     Finished {

@@ -383,7 +383,7 @@ mod tests {
         let id = RunId::parse("20250101T000000-00ff").unwrap();
         let mut journal = Journal::create(folder.path(), id.clone(), "p", Some("v"), vec!["grlm".into()]).unwrap();
         assert_eq!(runs.record(&id).unwrap().state(), RunState::Running);
-        journal.append(&event(&id, Some("a"), Body::Cached { saved: None })).unwrap();
+        journal.append(&event(&id, Some("a"), Body::Cached { saved: None, key: None })).unwrap();
         let counts = Counts { cached: 1, ..Counts::default() };
         let end = Body::RunFinished { outcome: Outcome::Succeeded, counts, seconds: 0.1 };
         journal.append(&event(&id, None, end)).unwrap();

@@ -38,7 +38,7 @@ pub struct Args {
 fn size(text: &str) -> Result<u64, String> {
     let bytes = parse_bytes(text).ok_or_else(|| format!("`{text}` is no size: expected one as in `50GiB`"))?;
     // A store of 50 bytes is nobody's wish.
-    if bytes > 0 && text.trim().ends_with(|c: char| c.is_ascii_digit() || c == '.') {
+    if text.trim() != "0" && text.trim().ends_with(|c: char| c.is_ascii_digit() || c == '.') {
         return Err(format!("`{text}` has no unit: `{}GiB`, for example", text.trim()));
     }
     Ok(bytes)
@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn sizes_have_a_unit() {
         assert_eq!(["50GiB", "1B", "0", "0GiB"].map(|t| size(t).ok()), [50 << 30, 1, 0, 0].map(Some));
-        assert!(size("50").is_err_and(|e| e.contains("`50GiB`")));
+        assert!(["50", "0.4"].iter().all(|text| size(text).is_err_and(|e| e.contains("GiB`"))));
         assert!(["1.5", " 50 ", "many", ""].iter().all(|t| size(t).is_err()));
     }
 

@@ -8,13 +8,12 @@ use std::{
     time::Duration,
 };
 
-use grlm_cache::{Access, Store};
+use grlm_cache::{Access, ActionKey, Store};
 
 use super::Global;
 use crate::{
-    engine::history::History,
     error::CliError,
-    events::Body,
+    events::{Body, Event},
     exit_codes::Code,
     journal::{RunId, RunState, Runs},
     pipeline::hint,
@@ -63,10 +62,12 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
             "`--force` runs it again",
         ));
     };
+    // The log of a run that is over grows no more.
+    let follow = args.follow && ran_in.is_none();
     if let Some(ran_in) = ran_in {
         eprintln!("{cached}; it ran in run {ran_in}");
     }
-    show(&runs, &run, &log, args.follow)
+    show(&runs, &run, &log, follow)
 }
 
 /// Names tell the second of the start and no more.
@@ -96,9 +97,12 @@ fn find(runs: &Runs, run: &RunId, stage: &str, global: &Global) -> Option<Found>
         return Some(Found { run: run.clone(), ran_in: None, log: Some(runs.log(run, stage, *attempt)) });
     }
     let events = runs.events(run).ok()?;
-    let is_cached = |body: &Body| matches!(body, Body::Cached { .. });
-    events.iter().find(|event| event.stage.as_deref() == Some(stage) && is_cached(&event.body))?;
-    let made = maker(runs, run, stage, global);
+    let cached = |event: &Event| match event.body {
+        Body::Cached { key, .. } if event.stage.as_deref() == Some(stage) => Some(key),
+        _ => None,
+    };
+    let key = events.iter().find_map(cached)?;
+    let made = key.and_then(|key| maker(key, global));
     let log = made.as_ref().and_then(|(ran_in, label)| {
         let attempt = runs.attempts(ran_in, label).last().copied()?;
         Some(runs.log(ran_in, label, attempt))
@@ -106,19 +110,11 @@ fn find(runs: &Runs, run: &RunId, stage: &str, global: &Global) -> Option<Found>
     Some(Found { run: run.clone(), ran_in: made.map(|(ran_in, _)| ran_in), log })
 }
 
-/// The run that made the result that a run found in the store, and what the stage was called there.
-fn maker(runs: &Runs, run: &RunId, stage: &str, global: &Global) -> Option<(RunId, String)> {
-    let record = runs.record(run).ok()?;
-    // The stage of one variant of a sweep has the variant behind it.
-    let (name, variant) = stage.split_once('@').map_or((stage, record.variant), |(name, of)| (name, Some(of.into())));
-    let title = variant.map_or_else(|| record.pipeline.clone(), |variant| format!("{}@{variant}", record.pipeline));
+/// The run that made a result, and what the stage was called there.
+fn maker(key: ActionKey, global: &Global) -> Option<(RunId, String)> {
     let store = Store::open(&global.store, Access::Read).ok()?;
-    let key = History::open(store.root(), &title).last(name)?;
     let made = store.record(&key).ok()??.provenance;
-    let made_by = RunId::parse(&made.run)?;
-    // A later run may have made another result since.
-    let end = record.ended.map_or(f64::MAX, |end| end.t);
-    (runs.record(&made_by).ok()?.started < end).then_some((made_by, made.stage))
+    Some((RunId::parse(&made.run)?, made.stage))
 }
 
 fn show(runs: &Runs, run: &RunId, log: &Path, follow: bool) -> Result<Code, CliError> {

@@ -123,7 +123,9 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         let memory = if what == "cached" { 0 } else { work.stage(id).resources.memory };
         lines.push((work.nodes[id].label.as_str(), what, why, rows, memory));
     }
+    let refused = (count[1] + count[2] > 0).then(|| refusal(devices, work)).flatten();
     if as_json {
+        refused.iter().for_each(|refused| eprintln!("{refused}"));
         let stages: Vec<_> = lines
             .iter()
             .map(|(stage, what, why, rows, memory)| {
@@ -146,7 +148,6 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         println!("{}", serde_json::Value::Array(stages));
         return Ok(Code::Ok);
     }
-    let refused = (count[1] + count[2] > 0).then(|| refusal(devices, work)).flatten();
     if !global.quiet {
         let width = lines.iter().map(|(stage, ..)| stage.chars().count()).max().unwrap_or(0);
         for (stage, what, why, rows, memory) in &lines {

@@ -248,7 +248,7 @@ mod tests {
             event("a", None, queued()),
             event("a", Some(1), started()),
             event("a", Some(1), Body::Progress { done: 3, total: 9, unit: "row".into() }),
-            event("b", None, Body::Cached { saved: None }),
+            event("b", None, Body::Cached { saved: None, key: None }),
             event("c", None, queued()),
             event("d", None, queued()),
             event("d", Some(1), Body::Log { level: LogLevel::Warn, message: "of the first attempt".into() }),

@@ -134,6 +134,16 @@ pub enum AttemptError {
     Io { action: &'static str, path: PathBuf, source: io::Error },
 }
 
+impl AttemptError {
+    pub fn as_failure(&self) -> AttemptFailure {
+        let (message, help) = match self {
+            Self::Store(error) => (format!("the store failed it: {error}"), error.help()),
+            error => (error.to_string(), std::error::Error::source(error).map(ToString::to_string)),
+        };
+        AttemptFailure { failure: Failure::Environment, message, help, tail: Vec::new() }
+    }
+}
+
 /// What all attempts of a run share.
 #[derive(Clone)]
 pub struct Workshop {

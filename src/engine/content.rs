@@ -28,7 +28,11 @@ impl Odd {
             _ => return None,
         };
         let help = match error {
-            StoreError::Io { .. } => Some("remove it, or put a plain file in its place".to_owned()),
+            StoreError::Io { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => Some("take the right to read it: `chmod u+rX`".to_owned()),
+                io::ErrorKind::NotFound if !path.is_symlink() => None,
+                _ => Some("remove the link, or put a plain file in its place".to_owned()),
+            },
             StoreError::Special { .. } => Some("put a plain file or folder in its place".to_owned()),
             error => error.help(),
         };

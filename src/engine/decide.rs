@@ -178,7 +178,7 @@ pub fn reason(store: &Store, answer: &Answer, action: &Action, history: &History
 }
 
 /// What is different between a recorded action and this manifest; `None` if the record is gone or of another format.
-pub fn differences(store: &Store, earlier: &ActionKey, manifest: &Manifest) -> Option<Vec<String>> {
+fn differences(store: &Store, earlier: &ActionKey, manifest: &Manifest) -> Option<Vec<String>> {
     let record = store.record(earlier).ok().flatten()?;
     let earlier: Manifest = serde_json::from_value(record.manifest).ok()?;
     Some(manifest.diff(&earlier).iter().map(ToString::to_string).collect())

@@ -52,15 +52,16 @@ impl Names {
     }
 }
 
-/// Replaces a path, but not the beginning of a longer name.
+/// Replaces a path, but not a part of a longer one.
 fn replace(text: &str, path: &str, name: &str) -> String {
     let mut replaced = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find(path) {
         let after = &rest[at + path.len()..];
-        let goes_on = after.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '-'));
         replaced.push_str(&rest[..at]);
-        replaced.push_str(if goes_on && !path.ends_with('/') { path } else { name });
+        let begun = replaced.ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | '/'));
+        let goes_on = after.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '-'));
+        replaced.push_str(if begun || (goes_on && !path.ends_with('/')) { path } else { name });
         rest = after;
     }
     replaced + rest
@@ -84,6 +85,7 @@ mod tests {
         assert_eq!(say("`/s/in/tids/id.json:1`: no item"), "`tid.tids (id.json):1`: no item");
         assert_eq!(say("cannot read /s/in/tids/id.json/part.1"), "cannot read tid.tids/part.1");
         assert_eq!(say("/w/items, /w/items-2 and /w/items/a.b"), "items, /w/items-2 and items/a.b");
+        assert_eq!(say("/mnt/w/items is another"), "/mnt/w/items is another");
         let failure = AttemptFailure {
             failure: grlm_stages::Failure::Command,
             message: "ended".into(),

@@ -5,6 +5,7 @@ use std::cmp::Reverse;
 
 use grlm_cache::{ActionKey, ActionRecord, Store, StoreError};
 use rayon::prelude::*;
+use serde::Deserialize;
 
 use crate::key::Manifest;
 
@@ -31,7 +32,7 @@ pub fn nearest(
     let candidates = keys.par_iter().filter(|other| *other != key).filter_map(|other| {
         // A record that cannot be read is none to compare with.
         let record = store.record(other).ok().flatten()?;
-        let earlier: Manifest = serde_json::from_value(record.manifest.clone()).ok()?;
+        let earlier = Manifest::deserialize(&record.manifest).ok()?;
         if earlier.kind != manifest.kind {
             return None;
         }

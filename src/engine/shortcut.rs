@@ -217,7 +217,7 @@ impl Memory {
             },
         )?;
         for stage in &self.stages {
-            say(Some(&stage.label), Body::Cached { saved: None })?;
+            say(Some(&stage.label), Body::Cached { saved: None, key: Some(stage.key) })?;
         }
         // What `plan` compares with is the last run, also a spared one.
         let title = self.variant.as_ref().map_or_else(|| self.pipeline.clone(), |v| format!("{}@{v}", self.pipeline));

@@ -95,7 +95,7 @@ impl PipelineFile {
         let variant = selection.variant.clone().filter(|name| name != DEFAULT);
         let selection = &Selection { variant, set: selection.set.clone() };
         if let Err(error) = variants::apply(&mut root, &self.variants, selection, &mut sources, &mut mistakes) {
-            // It may be unknown only because its definition is wrong.
+            // What is wrong with definitions comes first: a variant may be unknown because of it.
             return Err(if mistakes.is_empty() { error } else { sources.report(mistakes).and(error) });
         }
         let poisoned = expand(&mut root, &mut mistakes);

@@ -170,13 +170,15 @@ impl PipelineErrors {
     pub(crate) fn of_variants(wrong: Vec<(String, Self)>, variants: usize) -> Self {
         let hidden = wrong.iter().map(|(_, errors)| errors.count - errors.errors.len()).max().unwrap_or_default();
         let mut told: Vec<(String, PipelineError, usize)> = Vec::new();
-        let mut known: HashMap<(String, Option<String>), usize> = HashMap::new();
-        for (variant, errors) in wrong {
+        // Where each was told, and the last variant that had it.
+        let mut known: HashMap<_, (usize, usize)> = HashMap::new();
+        for (number, (variant, errors)) in wrong.into_iter().enumerate() {
             for error in errors.errors {
-                let key = (error.message.clone(), error.place.as_ref().map(Place::to_string));
-                let at = *known.entry(key).or_insert(told.len());
-                match told.get_mut(at) {
-                    Some((_, _, times)) => *times += 1,
+                // Arguments have one place all.
+                let place = error.place.as_ref().map(|place| (place.to_string(), place.text.clone()));
+                let (at, last) = known.entry((error.message.clone(), place)).or_insert((told.len(), number));
+                match told.get_mut(*at) {
+                    Some((_, _, times)) => *times += usize::from(std::mem::replace(last, number) != number),
                     None => told.push((variant.clone(), error, 1)),
                 }
             }

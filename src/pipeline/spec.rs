@@ -62,7 +62,9 @@ pub(crate) struct StageSpec {
     #[serde(default)]
     pub timeout: Option<Span>,
     /// How often to try again after a failure that a retry can help. Without it: once when killed or when the machine
-    /// is at fault, three times when memory ran out and batches can be made smaller. Not part of the cache key.
+    /// is at fault, three times when memory ran out and batches can be made smaller. A GPU that is gone, or a share of
+    /// one that was too small, does not count: the stage is started again elsewhere, or with more. Not part of the
+    /// cache key.
     #[serde(default)]
     pub retries: Option<u32>,
     /// Environment variables that are passed on, and are part of the cache key.

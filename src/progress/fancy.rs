@@ -164,7 +164,7 @@ mod tests {
         let mut fancy = Fancy::on(ProgressDrawTarget::hidden());
         let started = Body::RunStarted { version: 1, pipeline: "p".into(), variant: None, stages: 3 };
         told(&mut fancy, None, started);
-        told(&mut fancy, Some("a"), Body::Cached { saved: None });
+        told(&mut fancy, Some("a"), Body::Cached { saved: None, key: None });
         told(&mut fancy, Some("b"), Body::Queued { reason: "never ran".into(), estimate: Some(90.0) });
         told(&mut fancy, Some("b"), Body::Started { cpus: 1, devices: vec![] });
         assert_eq!(fancy.running["b"].bar.message(), "took 1 min 30 s last time");

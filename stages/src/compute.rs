@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Device, StageContext, StageError};
 
+/// [`Dtype::key`] of what the CPU computes.
+pub const CPU: &str = "cpu";
+
 /// A floating-point type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -36,7 +39,7 @@ impl Dtype {
     /// What tells a row's result on this attempt's devices from those of other devices and types.
     pub fn key(self, cx: &StageContext) -> &'static str {
         match self {
-            _ if !cx.devices().iter().any(|device| matches!(device, Device::Cuda(_))) => "cpu",
+            _ if !cx.devices().iter().any(|device| matches!(device, Device::Cuda(_))) => CPU,
             Self::Bf16 => "cuda bf16",
             Self::F16 => "cuda f16",
             Self::F32 => "cuda f32",

@@ -127,6 +127,12 @@ impl StageError {
 }
 
 /// The model engine's errors, told apart as a stage's are.
+/// As CUDA and cuBLAS say it.
+fn is_out_of_memory(text: &str) -> bool {
+    let text = text.to_lowercase();
+    ["out of memory", "out_of_memory", "cublas_status_alloc_failed"].iter().any(|words| text.contains(words))
+}
+
 impl From<grlm_nn::Error> for StageError {
     fn from(error: grlm_nn::Error) -> Self {
         match error {
@@ -138,10 +144,11 @@ impl From<grlm_nn::Error> for StageError {
             grlm_nn::Error::Model { path, message, help } => Self::Input { path, line: None, message, help },
             grlm_nn::Error::Argument { message, help } => Self::Params { message, help },
             grlm_nn::Error::Stopped => Self::Stopped,
+            error @ grlm_nn::Error::Overflow => {
+                Self::params(error.to_string()).help("`dtype: bf16` or `f32` holds larger ones than `f16`")
+            }
             error @ grlm_nn::Error::Candle(_) => match error.to_string() {
-                text if text.to_lowercase().contains("out of memory") => {
-                    Self::OutOfMemory { message: text, help: None }
-                }
+                text if is_out_of_memory(&text) => Self::OutOfMemory { message: text, help: None },
                 text => Self::bug(text),
             },
         }

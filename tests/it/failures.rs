@@ -145,7 +145,7 @@ stages:
     );
     let said = env.fails(1, &["run", "odd.yaml", "--keep-going"]);
     assert!(said.contains("odd: failed: output `out` (f): `link` is a link that leads nowhere"), "{said}");
-    assert!(said.contains("help: remove it"), "{said}");
+    assert!(said.contains("help: remove the link"), "{said}");
     assert_eq!(env.read("out/odd/plain/x.txt"), "plain\n");
     assert_eq!(events(&env, "failed")[0]["stage"], "odd");
     assert_eq!(events(&env, "run_finished")[0]["outcome"], "failed");

@@ -63,6 +63,18 @@ fn the_log_of_a_cached_stage_is_that_of_the_run_that_made_it() {
     let told = env.ok(&["logs", "upper"]);
     assert!(told.stderr.contains("`upper` was cached in run ") && told.stderr.contains("; it ran in run "), "{told:?}");
     assert!(told.stdout.contains("it is src.txt"), "of the run that made this result: {told:?}");
+    // Also for a run that is not the last one: the key of what it found is in its journal.
+    env.ok(&["run", "three.yaml", "--set", "vars.source=b.txt"]);
+    let runs = env.ok(&["status", "--json"]).stdout;
+    let ids: Vec<String> = serde_json::from_str::<serde_json::Value>(&runs)
+        .unwrap()
+        .as_array()
+        .map(|runs| runs.iter().filter_map(|run| run["id"].as_str().map(str::to_owned)).collect())
+        .unwrap_or_default();
+    assert_eq!(ids.len(), 4, "{runs}");
+    let said: Vec<String> = ids.iter().map(|id| env.ok(&["logs", "upper", "--run", id]).stdout).collect();
+    let of = |words: &str| said.iter().filter(|log| log.contains(words)).count();
+    assert_eq!((of("it is src.txt"), of("it is b.txt")), (2, 2), "{said:?}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl Engine<'_> {
                 self.done(id, Done { key, outputs: record.outputs });
             }
             Ok(End::Reused(outputs)) => {
-                self.emit(Some(id), None, Body::Cached { saved: None });
+                self.emit(Some(id), None, Body::Cached { saved: None, key: Some(key) });
                 self.done(id, Done { key, outputs });
             }
             Ok(End::Failed { failure, duration }) => {
@@ -53,20 +53,11 @@ impl Engine<'_> {
                 }
             }
             Ok(End::Again { failure, duration, lost }) => return self.again(id, action, failure, duration, &lost),
-            Err(AttemptError::Store(error)) => {
-                let message = format!("the store failed it: {error}");
-                let (failure, help, tail) = (Failure::Environment, error.help(), Vec::new());
-                self.fail(id, AttemptFailure { failure, message, help, tail });
-                self.give_up(error.into());
-            }
             Err(error) => {
-                let failure = AttemptFailure {
-                    failure: Failure::Environment,
-                    message: error.to_string(),
-                    help: std::error::Error::source(&error).map(ToString::to_string),
-                    tail: Vec::new(),
-                };
-                self.fail(id, failure);
+                self.fail(id, error.as_failure());
+                if let AttemptError::Store(error) = error {
+                    self.give_up(error.into());
+                }
             }
         }
         self.release_twins(key);

@@ -297,7 +297,8 @@ impl Engine<'_> {
             Answer::Ready(record)
                 if permission != Permission::Force && self.workshop.store.touch_record(&action.key, record.used_ms) =>
             {
-                self.emit(Some(id), None, Body::Cached { saved: Some(record.duration_ms as f64 / 1e3) });
+                let saved = Some(record.duration_ms as f64 / 1e3);
+                self.emit(Some(id), None, Body::Cached { saved, key: Some(action.key) });
                 self.done(id, Done { key: action.key, outputs: record.outputs });
             }
             answer => {

@@ -1,6 +1,6 @@
 //! From a lease to a running attempt, and the retries that need nothing from the loop.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use grlm_stages::{Failure, event::LogLevel};
 
@@ -74,8 +74,9 @@ impl Engine<'_> {
         let mut tried = *self.tried.entry(id).or_insert(Tried { attempts: 0, out_of_memory: learnt });
         let shares = lease.gpu_memory.is_some() && !lease.gpus.is_empty();
         let (workshop, stop, sender) = (self.workshop.clone(), self.stop.1.clone(), self.sender.clone());
-        let logs: Vec<PathBuf> =
-            (1..=tried.attempts + policy.retries.unwrap_or(3) + 2).map(|n| self.journal.log(&job.label, n)).collect();
+        // Whatever comes after so many attempts shares the last one's log.
+        let most = tried.attempts.saturating_add(policy.retries.unwrap_or(3).min(1000) + 2);
+        let logs: Vec<PathBuf> = (1..=most).map(|n| self.journal.log(&job.label, n)).collect();
         let machine = self.dispatcher.machine();
         let gpus = machine.visible_devices(&lease);
         let leased = Leased { cpus: lease.cpus as usize, simulated: lease.gpus.len() - gpus.len(), gpus };
@@ -100,8 +101,9 @@ impl Engine<'_> {
                 };
                 let trial = Trial { number, out_of_memory: tried.out_of_memory, log };
                 let end = workshop.attempt(&job, &trial, &leased, stop.clone(), &mut pass_on).await;
-                if let Some(body) = end.as_ref().ok().and_then(End::told) {
-                    report.end(&body);
+                match &end {
+                    Ok(end) => end.told().into_iter().for_each(|body| report.end(&body)),
+                    Err(error) => report.end(&Body::failed(error.as_failure(), Duration::ZERO, None)),
                 }
                 let Ok(End::Failed { failure, duration }) = &end else { break end };
                 let (failure, duration) = (failure.clone(), *duration);

@@ -69,8 +69,7 @@ fn write(folder: &Path, config: &Config) -> Result<(), Box<dyn Error>> {
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     let mut noise = Noise(9);
-    let row: Vec<u8> =
-        (0..65_521).flat_map(|_| half::bf16::from_f32(0.035 * noise.float()).to_le_bytes()).collect();
+    let row: Vec<u8> = (0..65_521).flat_map(|_| half::bf16::from_f32(0.035 * noise.float()).to_le_bytes()).collect();
     let ones = half::bf16::ONE.to_le_bytes();
     for (name, shape) in config.tensors() {
         let mut left = 2 * shape.iter().product::<usize>();

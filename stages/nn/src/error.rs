@@ -14,6 +14,9 @@ pub enum Error {
     /// A value asked of the engine makes no sense (0 beams, a prompt longer than the model's positions).
     #[error("{message}")]
     Argument { message: String, help: Option<String> },
+    /// Numbers grew beyond what their type holds.
+    #[error("the model's numbers overflow")]
+    Overflow,
     /// The caller's stop flag was set.
     #[error("stopped on request")]
     Stopped,

@@ -3,8 +3,6 @@
 //! A row is one list. Its key holds the prompt's tokens, what is left out, the digest of the model's files, the digest
 //! of the TID set and the parameters of decoding: so one more user costs one row, and `top_n`, which only cuts, none.
 
-use std::path::Path;
-
 use grlm_nn::{
     generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
     qwen3::Qwen3,
@@ -16,6 +14,7 @@ use super::{Decoding, Normalize, Params, Score, Work, budget, queries::Query};
 use crate::{
     StageError,
     artifact::{ItemId, Ranking, SftFormat, TID_LENGTH, TokenKind},
+    compute::CPU,
     rows::{RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
@@ -73,7 +72,8 @@ pub fn job(work: &Work, params: &Params, checkpoint: &str, device: &str) -> RowJ
     };
     let costs = work.queries.iter().map(|q| (q.prompt.len() - work.prefix.len()) as u64).collect();
     let keys = work.queries.iter().map(key).collect();
-    RowJob::new("ranking", "user", keys).batch(budget::PIECE).costs(costs)
+    let piece = if device == CPU { budget::PIECE } else { budget::ON_DEVICE };
+    RowJob::new("ranking", "user", keys).batch(piece).costs(costs)
 }
 
 /// Computes lists on one device.
@@ -272,9 +272,4 @@ fn tid_in(text: &str, format: SftFormat) -> Option<String> {
             Some(words.join(","))
         }
     }
-}
-
-/// What the engine says about a model in `folder`.
-pub fn failed(folder: &Path, error: &grlm_nn::Error) -> StageError {
-    StageError::input(folder, error.to_string())
 }

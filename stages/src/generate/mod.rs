@@ -205,7 +205,7 @@ impl Stage for Generate {
         let make = |device: RowDevice| {
             let pool = device.pool()?;
             let place = params.dtype.on(device.device);
-            let load = || pool.install(|| Qwen3::load_on(&folder, place)).map_err(|e| decode::failed(&folder, &e));
+            let load = || pool.install(|| Qwen3::load_on(&folder, place));
             let model = models.get(device.device, load)?;
             Decoder::new(params, &work, model, device, smaller)
         };

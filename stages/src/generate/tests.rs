@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::*;
 use crate::{
-    Failure, StopFlag,
+    StopFlag,
     artifact::{ChatTemplate, CheckpointInfo, SftFormat, TokenKind, checkpoint::CHECKPOINT_VERSION},
     rows::MemoryMemo,
     testing::{Bench, Ran, refuses},
@@ -256,5 +256,4 @@ fn what_does_not_fit_together_is_refused() {
     assert_eq!(issues.iter().map(|i| i.path.as_str()).collect::<Vec<_>>(), ["beams", "splits"]);
     let both = Params { decoding: Decoding::Free, normalize: Normalize::Allowed, ..Params::default() };
     assert_eq!(Generate::check(&both)[0].path, "normalize");
-    assert_eq!(Failure::WrongInput, decode::failed(Path::new("m"), &grlm_nn::Error::argument("x")).failure());
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::{EmbeddingModel, Pooling};
 use crate::{
     StageContext, StageError,
-    compute::PerDevice,
+    compute::{CPU, PerDevice},
     endpoint::{CallError, Endpoint, gather},
     machine,
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
@@ -20,6 +20,8 @@ const NAMESPACE: &str = "embedding";
 const ROW_VERSION: u32 = 1;
 /// Texts that a device gets at a time.
 const PIECE: usize = 64;
+/// The same for a GPU.
+const PIECE_ON_GPU: usize = 1024;
 /// Texts in one request.
 const PER_REQUEST: usize = 16;
 
@@ -41,7 +43,8 @@ pub fn job(model: &EmbeddingModel, identity: &str, device: &str, texts: &[String
         ),
         None => {
             let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": device});
-            (recipe.text("model", identity).json("settings", &settings), PIECE)
+            let piece = if device == CPU { PIECE } else { PIECE_ON_GPU };
+            (recipe.text("model", identity).json("settings", &settings), piece)
         }
     };
     let keys = texts.iter().map(|text| recipe.row().text("text", text).key()).collect();

@@ -150,7 +150,6 @@ impl Stage for Train {
         if step > corpus.epoch_len() {
             cx.warn(format!("a step of {step} samples is more than an epoch has: it takes {}", corpus.epoch_len()));
         }
-        let params = &params.fitted(corpus.epoch_len());
         let longest = corpus.samples().chain(&validation.samples).map(|s| s.tokens.len()).max().unwrap_or(0);
         let mut model = begin(params, &layout, base.as_deref(), longest, cx)?;
         if params.normalize == Normalize::Allowed {

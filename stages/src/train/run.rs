@@ -23,7 +23,8 @@ pub struct Plan {
 impl Plan {
     /// For an epoch of so many samples.
     pub fn new(params: &Params, epoch: usize) -> Self {
-        let per_step = (params.batch * params.accumulation) as f64;
+        // A step takes no sample twice.
+        let per_step = (params.batch * params.accumulation).min(epoch) as f64;
         let steps_of = |epochs: f64| ((epochs * epoch as f64 / per_step).ceil() as u64).max(1);
         let steps = params.steps.unwrap_or_else(|| steps_of(params.epochs));
         Self { steps, validate_every: params.validation.every.unwrap_or_else(|| steps_of(1.0)).min(steps) }

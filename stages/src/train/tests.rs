@@ -288,10 +288,14 @@ fn words_that_a_model_does_not_know_are_not_learned() {
 #[test]
 fn a_step_takes_no_sample_twice() {
     let rec = builder("compact");
-    let ran = bench(&rec).run("train", small(json!({"epochs": 2, "batch": 64, "accumulation": 3}))).unwrap();
-    let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
-    assert_eq!((&info.trained_from["steps"], &info.trained_from["epochs"]), (&json!(2), &json!(2.0)));
-    assert!(ran.logs().iter().any(|l| l.contains("192 samples is more than an epoch has: it takes 40")));
+    for (batch, accumulation) in [(64, 3), (16, 3)] {
+        let with = json!({"epochs": 2, "batch": batch, "accumulation": accumulation});
+        let ran = bench(&rec).run("train", small(with)).unwrap();
+        let info = CheckpointInfo::read(ran.path("checkpoint")).unwrap();
+        assert_eq!((&info.trained_from["steps"], &info.trained_from["epochs"]), (&json!(2), &json!(2.0)));
+        let said = format!("{} samples is more than an epoch has: it takes 40", batch * accumulation);
+        assert!(ran.logs().iter().any(|l| l.contains(&said)), "{:?}", ran.logs());
+    }
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl Encoder {
         self
     }
 
-    /// Whether the network computes on a GPU, where a thread's memory is not what counts.
+    /// Whether tensors on a device compute it, where a thread's memory is not what counts.
     pub fn is_on_device(&self) -> bool {
         self.on_device
     }

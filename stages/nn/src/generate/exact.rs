@@ -88,20 +88,25 @@ impl Task<'_> {
             rest.by_ref().take(entry.len() - 1).for_each(|row| hidden.extend_from_slice(row));
             targets.extend((0..entry.len()).map(|depth| (index, depth)));
         }
-        let logits = model.logits(&hidden, self.threads)?;
         let mut scores = vec![0.0; entries.len()];
-        for ((index, depth), logits) in targets.into_iter().zip(logits.chunks_exact(model.config().vocab_size)) {
-            let entry = &entries[index];
-            let mut sum = LogSumExp::default();
-            match self.normalize {
-                Normalize::Full => sum.add(logits),
-                Normalize::Allowed => {
-                    let among: Vec<f32> =
-                        self.allowed[&entry[..depth]].iter().map(|token| logits[*token as usize]).collect();
-                    sum.add(&among);
+        match self.normalize {
+            Normalize::Full => {
+                let wanted: Vec<&[u32]> =
+                    targets.iter().map(|&(entry, depth)| &entries[entry][depth..=depth]).collect();
+                let found = self.generator.log_probabilities(&hidden, &wanted, self.threads)?;
+                targets.iter().zip(found).for_each(|(&(entry, _), found)| scores[entry] += found[0]);
+            }
+            Normalize::Allowed => {
+                let allowed = |&(entry, depth): &(usize, usize)| self.allowed[&entries[entry][..depth]].as_slice();
+                let wanted: Vec<&[u32]> = targets.iter().map(allowed).collect();
+                let found = model.logits_of(&hidden, &wanted)?;
+                for ((&(entry, depth), allowed), logits) in targets.iter().zip(wanted).zip(found) {
+                    let mut sum = LogSumExp::default();
+                    sum.add(&logits);
+                    let place = allowed.partition_point(|token| *token < entries[entry][depth]);
+                    scores[entry] += logits[place] - sum.value();
                 }
             }
-            scores[index] += logits[entry[depth] as usize] - sum.value();
         }
         Ok(scores)
     }

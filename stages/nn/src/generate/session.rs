@@ -46,7 +46,7 @@ impl<'m> Generator<'m> {
         Ok(self)
     }
 
-    /// Prompts that one thread has in work; more of them cost memory, and change no result.
+    /// Prompts that one thread has in work; more of them cost memory, and change no result on the CPU.
     pub fn with_batch(mut self, batch: usize) -> Self {
         self.batch = batch.max(1);
         self
@@ -95,11 +95,13 @@ impl<'m> Generator<'m> {
 
     /// Empty branches on each of the segments, with room for `slots` generated tokens.
     pub(super) fn branches<'s>(&'s self, segments: &'s [Segment], slots: usize) -> Vec<Branches<'s>> {
+        // A device keeps them as tensors that grow.
+        let slots = if self.model.is_on_device() { 0 } else { slots };
         let prompt = |own: &'s Segment| self.prefix().into_iter().chain([own]);
         segments.iter().map(|own| Branches::with_room(self.model.config(), prompt(own), slots)).collect()
     }
 
-    /// Takes beams forward, some hundred rows at a time; returns the hidden states of all rows in order.
+    /// Takes beams forward, `rows_at_once` or so at a time; returns the hidden states of all rows in order.
     pub(super) fn advance(&self, mut steps: Vec<Step>, threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
         let mut rest = steps.as_mut_slice();

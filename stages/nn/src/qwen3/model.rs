@@ -106,11 +106,20 @@ impl Qwen3 {
         Ok(Self { config, network })
     }
 
+    /// Lets a device compute in parts so small that a test of a few tokens has several.
+    #[doc(hidden)]
+    pub fn in_small_parts(mut self) -> Self {
+        if let Network::Tensors(network) = &mut self.network {
+            network.in_small_parts();
+        }
+        self
+    }
+
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Whether rows go through the network together by thousands, because a device waits for none of them.
+    /// Whether tensors on a device compute it: one thread hands them over, thousands of rows together.
     pub fn is_on_device(&self) -> bool {
         matches!(self.network, Network::Tensors(_))
     }

@@ -48,6 +48,9 @@ fn cuda(number: usize) -> Result<Device, Error> {
         ));
     }
     Device::new_cuda(number).map_err(|e| {
+        if e.to_string().to_lowercase().contains("out_of_memory") {
+            return e.into();
+        }
         Error::argument(format!("GPU {number} cannot be used: {e}"))
             .help("`nvidia-smi` and `grlm doctor` show what is there; the driver may be older than this program's CUDA")
     })

@@ -19,10 +19,17 @@ use super::{
 };
 use crate::Error;
 
-/// Query positions of a prompt that are taken together; it bounds the memory for scores.
-const POSITIONS_AT_ONCE: usize = 512;
-/// Logits that are computed before any of them is looked at: 64 MiB in f32.
-const LOGITS_AT_ONCE: usize = 1 << 24;
+/// What is computed together.
+#[derive(Debug, Clone, Copy)]
+struct AtOnce {
+    /// Query positions of a prompt; it bounds the memory for scores.
+    positions: usize,
+    /// Logits, before any of them is looked at.
+    logits: usize,
+}
+
+/// 64 MiB of logits in f32.
+const AT_ONCE: AtOnce = AtOnce { positions: 512, logits: 1 << 24 };
 /// Added to the scores of what must not be seen: its probability is 0, and a row that sees nothing is not NaN.
 const HIDDEN: f32 = -1e30;
 
@@ -40,6 +47,7 @@ pub struct Tensors {
     /// `[vocabulary, hidden]`.
     head: Option<Tensor>,
     rotary: Rotary,
+    at_once: AtOnce,
 }
 
 /// Matrices are `[out, in]`.
@@ -102,7 +110,14 @@ impl Tensors {
         let layers = (0..config.layers).map(layer).collect::<Result<_>>()?;
         let norm = get("model.norm.weight")?;
         let rotary = Rotary::new(&config);
-        Ok(Self { config, device, dtype, embeddings, layers, norm, head, rotary })
+        // Every thread has a stream of its own on the device: whoever computes must find the weights there.
+        device.synchronize()?;
+        Ok(Self { config, device, dtype, embeddings, layers, norm, head, rotary, at_once: AT_ONCE })
+    }
+
+    /// Computes in parts so small that a test of a few tokens has several.
+    pub fn in_small_parts(&mut self) {
+        self.at_once = AtOnce { positions: 16, logits: 1000 };
     }
 
     pub fn has_head(&self) -> bool {
@@ -123,8 +138,8 @@ impl Tensors {
             for ((prompt, rows), own) in prompts.iter().zip(&batch.rows).zip(&mut own) {
                 let kv = projected.kv.part(rows.start, rows.len())?;
                 let first = if last_only { rows.len() - 1 } else { 0 };
-                for start in (first..rows.len()).step_by(POSITIONS_AT_ONCE) {
-                    let count = POSITIONS_AT_ONCE.min(rows.len() - start);
+                for start in (first..rows.len()).step_by(self.at_once.positions) {
+                    let count = self.at_once.positions.min(rows.len() - start);
                     let seen = kv.part(0, start + count)?;
                     let mask = future.narrow(0, start, count)?.narrow(1, 0, start + count)?;
                     let before = prompt.prefix.map(|segment| Part { kv: segment.layer(layer), mask: None });
@@ -194,22 +209,17 @@ impl Tensors {
     /// # Errors
     /// The device fails.
     pub fn log_probabilities(&self, hidden: &[f32], wanted: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
-        let mut found = Vec::with_capacity(wanted.len());
-        self.of_rows(hidden, |first, logits| {
-            let (rows, vocabulary) = logits.dims2()?;
-            let sums = logits.log_sum_exp(D::Minus1)?.to_vec1::<f32>()?;
-            let wanted = &wanted[first..first + rows];
-            let places = wanted.iter().zip(0u32..);
-            let places: Vec<u32> = places
-                .flat_map(|(tokens, row)| tokens.iter().map(move |token| row * vocabulary as u32 + token))
-                .collect();
-            let mut picked = self.pick(&logits.flatten_all()?, &places)?.into_iter();
-            for (tokens, sum) in wanted.iter().zip(sums) {
-                found.push(picked.by_ref().take(tokens.len()).map(|logit| logit - sum).collect());
-            }
+        let mut found: Vec<f32> = Vec::with_capacity(wanted.len());
+        self.of_rows(hidden, |_, logits| {
+            found.extend(logits.log_sum_exp(D::Minus1)?.to_vec1::<f32>()?);
             Ok(())
         })?;
-        Ok(found)
+        // In a short type logits are rounded: in the sum that evens out, between two beams it would decide.
+        let mut wanted = self.logits_of(hidden, wanted)?;
+        for (logits, sum) in wanted.iter_mut().zip(found) {
+            logits.iter_mut().for_each(|logit| *logit -= sum);
+        }
+        Ok(wanted)
     }
 
     /// [`super::Qwen3::logits_of`].
@@ -225,7 +235,7 @@ impl Tensors {
         }
         let hidden = self.upload(hidden)?;
         let mut logits = Vec::with_capacity(tokens.len());
-        let at_once = (LOGITS_AT_ONCE / self.config.hidden_size).max(1);
+        let at_once = (self.at_once.logits / self.config.hidden_size).max(1);
         for (tokens, rows) in tokens.chunks(at_once).zip(rows.chunks(at_once)) {
             let rows = hidden.index_select(&self.numbers(rows)?, 0)?.to_dtype(DType::F32)?;
             let tokens = head.index_select(&self.numbers(tokens)?, 0)?.to_dtype(DType::F32)?;
@@ -239,7 +249,7 @@ impl Tensors {
     /// number.
     fn of_rows(&self, hidden: &[f32], mut each: impl FnMut(usize, Tensor) -> Result<()>) -> Result<()> {
         let Some(head) = &self.head else { return Ok(()) };
-        let at_once = (LOGITS_AT_ONCE / self.config.vocab_size).max(1);
+        let at_once = (self.at_once.logits / self.config.vocab_size).max(1);
         for (part, hidden) in hidden.chunks(at_once * self.config.hidden_size).enumerate() {
             let logits = self.upload(hidden)?.matmul(&head.t()?)?.to_dtype(DType::F32)?;
             each(part * at_once, logits)?;
@@ -255,13 +265,6 @@ impl Tensors {
 
     fn numbers(&self, numbers: &[u32]) -> Result<Tensor> {
         Ok(Tensor::from_slice(numbers, numbers.len(), &self.device)?)
-    }
-
-    fn pick(&self, from: &Tensor, places: &[u32]) -> Result<Vec<f32>> {
-        if places.is_empty() {
-            return Ok(Vec::new());
-        }
-        Ok(from.index_select(&self.numbers(places)?, 0)?.to_vec1::<f32>()?)
     }
 
     /// `[length, length]`: [`HIDDEN`] where the column comes after the row.
@@ -289,11 +292,11 @@ impl Tensors {
         let (kv_heads, group) = (c.kv_heads, c.group());
         // Query heads that share a head of keys and values are neighbours, and become rows of one product.
         let queries = queries.contiguous()?.reshape((kv_heads, group * count, dim))?;
-        let scale = 1.0 / (dim as f64).sqrt();
+        let queries = (queries * (1.0 / (dim as f64).sqrt()))?;
         let mut scores = Vec::with_capacity(parts.len());
         for Part { kv, mask } in parts {
             let length = kv.keys.dim(1)?;
-            let part = (queries.matmul(&kv.keys.t()?)?.to_dtype(DType::F32)? * scale)?;
+            let part = queries.matmul(&kv.keys.t()?)?.to_dtype(DType::F32)?;
             scores.push(match mask {
                 Some(mask) => {
                     let apart = part.reshape((kv_heads, group, count, length))?;
@@ -343,7 +346,11 @@ impl Tensors {
             let gated = (gate * both.narrow(1, width, width)?.contiguous()?)?;
             x = (x + gated.matmul(&layer.down.t()?)?)?;
         }
-        Ok(rms_norm(&x, &self.norm, eps)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        let hidden = rms_norm(&x, &self.norm, eps)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        if hidden.iter().any(|x: &f32| !x.is_finite()) {
+            return Err(Error::Overflow);
+        }
+        Ok(hidden)
     }
 
     /// Queries and keys normed and turned, and values, of rows `[n, hidden]`.

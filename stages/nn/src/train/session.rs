@@ -198,8 +198,8 @@ impl Session {
 
     /// The samples of the next step. A step may reach from one epoch into the next.
     fn next_places(&mut self) -> Vec<Place> {
-        let wanted = self.settings.batch * self.settings.accumulation;
         let per_epoch = self.corpus.epoch_len() as u64;
+        let wanted = (self.settings.batch * self.settings.accumulation).min(per_epoch as usize);
         let mut places = Vec::with_capacity(wanted);
         let mut at = self.progress.samples;
         while places.len() < wanted {

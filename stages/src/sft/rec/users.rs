@@ -71,7 +71,6 @@ impl Dropped {
         self.too_short + self.unknown.count + self.invalid.count == 0
     }
 
-    /// One line that says all.
     /// What to do about most of them.
     pub fn advice(&self) -> &'static str {
         let (unknown, invalid) = (self.unknown.count, self.invalid.count);
@@ -84,6 +83,7 @@ impl Dropped {
         }
     }
 
+    /// One line that says all.
     pub fn summary(&self) -> String {
         let short = |what: &str| (self.too_short > 0).then(|| format!("{} {what}", self.too_short));
         if self.by_item {

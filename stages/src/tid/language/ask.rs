@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Compat, StageContext, StageError,
-    compute::PerDevice,
+    compute::{CPU, PerDevice},
     endpoint::{Endpoint, gather},
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
@@ -21,6 +21,8 @@ const NAMESPACE: &str = "tid-answer";
 const ROW_VERSION: u32 = 1;
 /// Conversations that a device gets at a time.
 const PIECE: usize = 32;
+/// The same for a GPU, which has as many in work together.
+const PIECE_ON_GPU: usize = 64;
 /// Conversations for each request that may be under way at once: the last of a piece are waited for.
 const PIECE_PER_REQUEST: usize = 4;
 /// Where answers end.
@@ -78,7 +80,10 @@ impl<'a> Asker<'a> {
                     .json("extra", &Value::Object(model.extra_body.clone())),
                 PIECE_PER_REQUEST * model.concurrency,
             ),
-            Place::Folder { identity, device, .. } => (recipe.text("model", identity).text("device", device), PIECE),
+            Place::Folder { identity, device, .. } => (
+                recipe.text("model", identity).text("device", device),
+                if *device == CPU { PIECE } else { PIECE_ON_GPU },
+            ),
         };
         let decoding = json!({
             "compat": self.compat,

@@ -189,14 +189,6 @@ impl Params {
         }
     }
 
-    /// These parameters for an epoch of so many samples: a step takes no sample twice.
-    pub fn fitted(&self, epoch: usize) -> Self {
-        let mut fitted = self.clone();
-        fitted.batch = fitted.batch.min(epoch.max(1));
-        fitted.accumulation = fitted.accumulation.min(epoch.max(1).div_ceil(fitted.batch));
-        fitted
-    }
-
     /// Tokens of a pass after so many attempts that ran out of memory; one that is longer than this is a pass alone.
     pub fn pass_tokens(&self, out_of_memory: u32) -> usize {
         (PASS_TOKENS >> out_of_memory.min(8)).min(self.batch.saturating_mul(self.max_length)).max(1)
