@@ -30,7 +30,10 @@ impl Validator<'_, '_> {
                 "type" => self.expect(has_type(value, rule), &format!("is not of type {rule}")),
                 "const" => self.expect(value == rule, &format!("is not {rule}")),
                 "enum" => self.expect(rule.as_array().unwrap().contains(value), "is none of the choices"),
-                "minimum" => self.expect(value.as_f64() >= value.as_f64().and(rule.as_f64()), "is too small"),
+                "minimum" => self.expect(
+                    value.as_f64().zip(rule.as_f64()).is_none_or(|(number, least)| number >= least),
+                    "is too small",
+                ),
                 "pattern" => self.pattern(value, rule.as_str().unwrap()),
                 "required" => self.required(value, rule),
                 "properties" => self.properties(value, rule),

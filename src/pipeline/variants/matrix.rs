@@ -93,12 +93,10 @@ fn axis(written: &Value, at: &[String], mistakes: &mut Vec<Mistake>) -> Vec<Valu
     }
     let mut seen = HashSet::new();
     for (i, value) in values.iter().enumerate() {
-        let text = value_name(value);
-        if seen.contains(&text) {
-            let message = format!("two cells would have the name `{text}`");
+        if !seen.insert(value_name(value)) {
+            let message = format!("two cells would have the name `{}`", value_name(value));
             mistakes.push(Mistake::value(&below(at, &[i.to_string()]), message).help("take one of the values out"));
         }
-        seen.insert(text);
     }
     values.clone()
 }

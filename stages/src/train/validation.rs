@@ -71,12 +71,7 @@ pub fn build(
         }
         (None, _, None) => Validation { samples: share(settings, corpus, params.seed), users: Vec::new() },
     };
-    let asked = settings.share > 0.0 || cx.optional_input("valid").is_some();
-    if asked && validation.is_empty() {
-        return Err(StageError::params("nothing is left to validate on").help(
-            "`valid` needs samples with a response; `validation.share` of the samples must come to one at least",
-        ));
-    }
+    check_any(settings, validation.is_empty(), cx)?;
     if settings.recall && validation.users.is_empty() {
         return Err(
             StageError::params("`validation.recall` needs held-out items").help("connect `holdout` and `id2meta`")
@@ -93,6 +88,17 @@ pub fn build(
         ));
     }
     Ok(validation)
+}
+
+/// Refuses validation that was asked for and would not take place.
+pub(super) fn check_any(settings: &Settings, is_empty: bool, cx: &StageContext) -> Result<(), StageError> {
+    let asked = settings.share > 0.0 || cx.optional_input("valid").is_some();
+    match asked && is_empty {
+        true => Err(StageError::params("nothing is left to validate on").help(
+            "`valid` needs samples with a response; `validation.share` of the samples must come to one at least",
+        )),
+        false => Ok(()),
+    }
 }
 
 fn held_out(

@@ -5,7 +5,7 @@
 //! and threads only decide when a link of the chain is computed, never the order of links. Sums along a row use 16
 //! fixed lanes whatever the hardware has. So any batch, shard or resumed run gives the same bytes.
 //!
-//! Training has its own, differentiable operations (candle's); a parity test ties the two.
+//! Training has kernels of its own, with their gradients ([`crate::train`]); a parity test ties the two.
 
 mod isa;
 mod kernel;

@@ -59,12 +59,7 @@ impl<'a> Dataset<'a> {
                 held.iter().map(|named| sample(&kept, place(named)).clone()).collect()
             }
         };
-        let asked = params.validation.share > 0.0 || cx.optional_input("valid").is_some();
-        if asked && valid.is_empty() {
-            return Err(StageError::params("nothing is left to validate on").help(
-                "`valid` needs samples with a response; `validation.share` of the samples must come to one at least",
-            ));
-        }
+        validation::check_any(&params.validation, valid.is_empty(), cx)?;
         let order = corpus.order(params.seed, 0);
         let epoch: Vec<Place> = order.into_iter().map(|at| place(corpus.get(at))).collect();
         if epoch.is_empty() {
