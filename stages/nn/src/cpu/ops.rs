@@ -98,30 +98,46 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y * power }
 }
 
+#[inline(always)]
+fn dot_of(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
+    let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (rest_x, rest_y) = (xs.remainder(), ys.remainder());
+    for (x, y) in xs.zip(ys) {
+        for i in 0..LANES {
+            lanes[i] = x[i].mul_add(y[i], lanes[i]);
+        }
+    }
+    for ((lane, x), y) in lanes.iter_mut().zip(rest_x).zip(rest_y) {
+        *lane = x.mul_add(*y, *lane);
+    }
+    add_lanes(lanes)
+}
+
 for_every_isa! {
     /// The inner product of two rows of one length.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
-        let (xs, ys) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-        let (rest_x, rest_y) = (xs.remainder(), ys.remainder());
-        for (x, y) in xs.zip(ys) {
-            for i in 0..LANES {
-                lanes[i] = x[i].mul_add(y[i], lanes[i]);
-            }
-        }
-        for ((lane, x), y) in lanes.iter_mut().zip(rest_x).zip(rest_y) {
-            *lane = x.mul_add(*y, *lane);
-        }
-        add_lanes(lanes)
+        dot_of(a, b)
     }
 }
 
 for_every_isa! {
-    /// `out += factor · x`, element by element.
-    pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = factor.mul_add(*x, *out);
+    /// The inner products of `x` with the rows of `table` that begin at `starts`.
+    pub fn dots(x: &[f32], table: &[f32], starts: &[usize], out: &mut [f32]) {
+        for (out, start) in out.iter_mut().zip(starts) {
+            *out = dot_of(x, &table[*start..][..x.len()]);
+        }
+    }
+}
+
+for_every_isa! {
+    /// `out += Σ factor · row` over the rows of `table` that begin at `starts`, one row after the other.
+    pub fn add_scaled(out: &mut [f32], factors: &[f32], table: &[f32], starts: &[usize]) {
+        for (factor, start) in factors.iter().zip(starts) {
+            for (out, x) in out.iter_mut().zip(&table[*start..]) {
+                *out = factor.mul_add(*x, *out);
+            }
         }
     }
 }
@@ -280,18 +296,34 @@ for_every_isa! {
     }
 }
 
-/// Values that are looked at together for whether any of them is of interest.
+/// Values that are compared at once.
 const LOOK: usize = 32;
+
+/// Appends the places of a chunk's `flags`, which are 0 or 1, to `places`.
+#[inline(always)]
+fn note_flags(flags: &[u8; LOOK], first: usize, places: &mut Vec<u32>) {
+    if flags.iter().fold(0, |any, flag| any | flag) == 0 {
+        return;
+    }
+    for (word, flags) in flags.as_chunks::<8>().0.iter().enumerate() {
+        let mut flags = u64::from_le_bytes(*flags);
+        while flags != 0 {
+            places.push((first + word * 8) as u32 + flags.trailing_zeros() / 8);
+            flags &= flags - 1;
+        }
+    }
+}
 
 for_every_isa! {
     /// The places of the values that are not below `bar`, and are numbers.
     pub fn not_below(values: &[f32], bar: f32, places: &mut Vec<u32>) {
         places.clear();
         for (chunk, part) in values.chunks(LOOK).enumerate() {
-            if part.iter().fold(false, |any, value| any | (*value >= bar)) {
-                let first = chunk * LOOK;
-                places.extend((first..).zip(part).filter(|(_, value)| **value >= bar).map(|(place, _)| place as u32));
+            let mut flags = [0; LOOK];
+            for (flag, value) in flags.iter_mut().zip(part) {
+                *flag = u8::from(*value >= bar);
             }
+            note_flags(&flags, chunk * LOOK, places);
         }
     }
 }
@@ -301,11 +333,11 @@ for_every_isa! {
     pub fn not_below_each(values: &[f32], bars: &[f32], places: &mut Vec<u32>) {
         places.clear();
         for (chunk, (part, bars)) in values.chunks(LOOK).zip(bars.chunks(LOOK)).enumerate() {
-            if part.iter().zip(bars).fold(false, |any, (value, bar)| any | (value >= bar)) {
-                let first = chunk * LOOK;
-                let each = (first..).zip(part.iter().zip(bars));
-                places.extend(each.filter(|(_, (value, bar))| value >= bar).map(|(place, _)| place as u32));
+            let mut flags = [0; LOOK];
+            for ((flag, value), bar) in flags.iter_mut().zip(part).zip(bars) {
+                *flag = u8::from(value >= bar);
             }
+            note_flags(&flags, chunk * LOOK, places);
         }
     }
 }

@@ -1,15 +1,16 @@
 //! Beam search over the whole vocabulary, as transformers' `generate(num_beams=…)` does it.
 //!
-//! At every step the best `beams × max(2, 1 + ends)` continuations of a prompt are looked at, where `ends` is the
+//! At every step the best `beams × (1 + ends)` continuations of a prompt are looked at, where `ends` is the
 //! number of tokens that end a text. Those among the first `beams` that end go into the list of finished texts, which
 //! keeps the best `beams` by score / length^penalty; the first `beams` that do not end go on. At `max_new` tokens
 //! everything ends. A prompt is done early when its best running beam, at its present length, is no better than the
 //! worst of a full list (transformers' `early_stopping=False`).
 
-use super::{Generator, memory, select::Best, session::ROWS_AT_ONCE};
+use super::{Generator, memory, session::ROWS_AT_ONCE};
 use crate::{
     Error,
-    cpu::ops::LogSumExp,
+    cpu::ops::{self, LogSumExp},
+    nearest::best::Best,
     qwen3::{Branches, Step},
 };
 
@@ -64,9 +65,9 @@ impl Free {
         generator.share_out(prompts, |prompts, threads| self.batch(generator, prompts, threads))
     }
 
-    /// Continuations that are looked at.
+    /// Continuations that are looked at: of those of each beam, no more than `ends` end a text.
     fn considered(&self) -> usize {
-        self.beams * (1 + self.ends.len()).max(2)
+        self.beams * (1 + self.ends.len())
     }
 
     fn batch(&self, generator: &Generator, prompts: &[&[u32]], threads: usize) -> Result<Vec<Vec<Hypothesis>>, Error> {
@@ -116,13 +117,16 @@ impl Free {
             let count = hidden.len() / model.config().hidden_size;
             let mut best: Vec<(Best, LogSumExp)> =
                 (0..count).map(|_| (Best::new(self.considered()), LogSumExp::default())).collect();
+            let mut places = Vec::new();
             model.visit_logits(hidden, threads, |row, first, logits| {
-                best[row].0.add(first, logits);
-                best[row].1.add(logits);
+                let (best, sum) = &mut best[row];
+                ops::not_below(logits, best.bar(), &mut places);
+                places.iter().for_each(|place| best.offer(first as u32 + place, logits[*place as usize]));
+                sum.add(logits);
             })?;
             rows.extend(best.into_iter().map(|(best, sum)| {
                 let sum = sum.value();
-                best.finish().into_iter().map(|(logit, token)| (logit - sum, token)).collect::<Row>()
+                best.into_unsorted().into_iter().map(|(token, logit)| (token, logit - sum)).collect::<Row>()
             }));
         }
         Ok(rows)
@@ -133,7 +137,7 @@ impl Free {
         let running = std::mem::take(&mut search.running);
         let mut candidates: Vec<Candidate> = Vec::with_capacity(rows.iter().map(Vec::len).sum());
         for (beam, (from, row)) in running.iter().zip(rows).enumerate() {
-            candidates.extend(row.iter().map(|&(log_probability, token)| Candidate {
+            candidates.extend(row.iter().map(|&(token, log_probability)| Candidate {
                 sum: from.sum + log_probability,
                 beam,
                 token,
@@ -181,8 +185,8 @@ impl Free {
     }
 }
 
-/// The best continuations of one beam: log-probability and token.
-type Row = Vec<(f32, u32)>;
+/// The best continuations of one beam: token and log-probability.
+type Row = Vec<(u32, f32)>;
 
 struct Candidate {
     sum: f32,

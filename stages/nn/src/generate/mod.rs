@@ -9,7 +9,6 @@ mod exact;
 mod free;
 mod greedy;
 pub mod memory;
-mod select;
 mod session;
 mod trie;
 

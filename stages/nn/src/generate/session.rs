@@ -1,5 +1,7 @@
 //! What all ways of decoding share: prompts that are read, their beams going forward, work shared out over threads.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::{
@@ -66,17 +68,16 @@ impl<'m> Generator<'m> {
         prompts: &[P],
         decode: impl Fn(&[P], usize) -> Result<Vec<R>, Error> + Sync,
     ) -> Result<Vec<R>, Error> {
-        let mut done = Vec::with_capacity(prompts.len());
         if self.threads == 1 || prompts.len() < self.threads {
-            for batch in prompts.chunks(self.batch) {
-                done.extend(decode(batch, self.threads)?);
-            }
-            return Ok(done);
+            let parts: Result<Vec<_>, _> =
+                prompts.chunks(self.batch).map(|batch| decode(batch, self.threads)).collect();
+            return Ok(parts?.into_iter().flatten().collect());
         }
-        let batch = self.batch.min(prompts.len().div_ceil(self.threads));
-        let parts: Result<Vec<Vec<R>>, Error> = prompts.par_chunks(batch).map(|batch| decode(batch, 1)).collect();
-        done.extend(parts?.into_iter().flatten());
-        Ok(done)
+        let batches = shrinking(prompts.len(), self.batch, self.threads);
+        let decode = |batch: Range<usize>| Ok::<_, Error>((batch.start, decode(&prompts[batch], 1)?));
+        let mut parts: Vec<(usize, Vec<R>)> = batches.par_bridge().map(decode).collect::<Result<_, _>>()?;
+        parts.sort_unstable_by_key(|(start, _)| *start);
+        Ok(parts.into_iter().flat_map(|(_, results)| results).collect())
     }
 
     /// Reads prompts (what stands behind the prefix); returns their segments and, for each, the hidden state of its
@@ -130,6 +131,17 @@ impl<'m> Generator<'m> {
     }
 }
 
+/// Splits `0..count` into parts of at most `most`, smaller towards the end, so that no thread waits long for the last.
+fn shrinking(count: usize, most: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let left = count - start;
+        let part = start..start + left.div_ceil(2 * threads).max(most / 4).clamp(1, most).min(left);
+        start = part.end;
+        (left > 0).then_some(part)
+    })
+}
+
 /// How many of `items` come to at most `at_once` rows together, and at least one.
 fn first_by_rows<T>(items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> usize {
     let mut sum = 0;
@@ -154,6 +166,17 @@ fn split_by_rows<T>(mut items: &[T], at_once: usize, rows: impl Fn(&T) -> usize)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_shrink_towards_the_end_and_leave_nothing_out() {
+        for (count, most, threads) in [(0, 8, 2), (1, 8, 2), (64, 8, 2), (7, 1, 3), (100, 64, 4)] {
+            let parts: Vec<Range<usize>> = shrinking(count, most, threads).collect();
+            assert!(parts.iter().all(|part| (1..=most).contains(&part.len())), "{parts:?}");
+            assert!(parts.is_sorted_by(|a, b| a.end == b.start && a.len() >= b.len()), "{parts:?}");
+            assert_eq!(parts.iter().map(Range::len).sum::<usize>(), count);
+        }
+        assert_eq!(shrinking(64, 8, 2).last(), Some(62..64));
+    }
 
     #[test]
     fn parts_hold_few_rows_and_at_least_one_item() {

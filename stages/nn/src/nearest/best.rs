@@ -39,10 +39,22 @@ impl Best {
         if self.k == 0 {
             self.kept.clear();
         } else if self.kept.len() >= 2 * self.k {
+            self.shorten();
+        }
+    }
+
+    fn shorten(&mut self) {
+        if self.k > 0 && self.kept.len() > self.k {
             self.kept.select_nth_unstable_by(self.k - 1, better);
             self.kept.truncate(self.k);
             self.bar = self.kept[self.k - 1];
         }
+    }
+
+    /// Indices with scores, in no order.
+    pub fn into_unsorted(mut self) -> Vec<(u32, f32)> {
+        self.shorten();
+        self.kept
     }
 
     /// Indices with scores, best first.

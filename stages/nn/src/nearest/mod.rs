@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::cpu::{Accumulate, Panels, Rows, RowsMut, matmul, ops};
 
-mod best;
+pub(crate) mod best;
 
 pub use best::Best;
 

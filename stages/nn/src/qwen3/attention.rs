@@ -96,9 +96,10 @@ pub struct Beams<'a> {
 }
 
 impl Beams<'_> {
-    /// The slots that a row sees, its own at the end.
-    fn seen(&self, row: usize) -> impl Iterator<Item = usize> {
-        self.paths[row].iter().map(|slot| *slot as usize).chain([self.next + row])
+    /// Where the keys (and values) begin that a row sees of this head, its own at the end.
+    fn seen(&self, shape: Shape, row: usize) -> impl Iterator<Item = usize> {
+        let slots = self.paths[row].iter().map(|slot| *slot as usize).chain([self.next + row]);
+        slots.map(move |slot| slot * shape.kv_width + shape.head * shape.head_dim)
     }
 }
 
@@ -113,30 +114,33 @@ pub fn over_branches(
 ) {
     let (rows, dim) = (beams.paths.len(), shape.head_dim);
     let earlier: usize = prompt.iter().map(|kv| kv.keys.cols()).sum();
-    let total = earlier + beams.paths.iter().map(Vec::len).max().unwrap_or(0) + 1;
+    let longest = beams.paths.iter().map(Vec::len).max().unwrap_or(0) + 1;
+    let total = earlier + longest;
     let segments = || prompt.iter().map(|kv| (*kv, kv.keys.cols()));
-    let slot = |slot: usize| {
-        let start = slot * shape.kv_width + shape.head * dim;
-        start..start + dim
-    };
+    let starts: Vec<usize> = (0..rows).flat_map(|row| beams.seen(shape, row)).collect();
+    let mut ends = 0..0;
+    let seen: Vec<&[usize]> = beams
+        .paths
+        .iter()
+        .map(|path| {
+            ends = ends.end..ends.end + path.len() + 1;
+            &starts[ends.clone()]
+        })
+        .collect();
     for member in 0..shape.group {
         let heads = queries.of(shape, member, 0, rows);
         let scores = room(scores, rows * total);
         score(heads, dim, segments(), scores, total);
-        for (index, row) in scores.chunks_exact_mut(total).enumerate() {
-            let query = &heads.data[index * heads.stride..][..dim];
-            for (score, seen) in row[earlier..].iter_mut().zip(beams.seen(index)) {
-                *score = ops::dot(query, &beams.slots.keys[slot(seen)]);
-            }
-            ops::softmax(&mut row[..earlier + beams.paths[index].len() + 1]);
+        for ((row, seen), query) in scores.chunks_exact_mut(total).zip(&seen).zip(heads.data.chunks(heads.stride)) {
+            let row = &mut row[..earlier + seen.len()];
+            ops::dots(&query[..dim], &beams.slots.keys, seen, &mut row[earlier..]);
+            ops::softmax(row);
         }
         let place = &mut out.data[member * dim..];
         let target = RowsMut { data: &mut *place, stride: out.stride };
         weigh(Rows { data: scores, stride: total, rows }, segments(), dim, target);
-        for (index, (row, out)) in scores.chunks_exact(total).zip(place.chunks_mut(out.stride)).enumerate() {
-            for (probability, seen) in row[earlier..].iter().zip(beams.seen(index)) {
-                ops::add_scaled(&mut out[..dim], *probability, &beams.slots.values[slot(seen)]);
-            }
+        for ((row, seen), out) in scores.chunks_exact(total).zip(&seen).zip(place.chunks_mut(out.stride)) {
+            ops::add_scaled(&mut out[..dim], &row[earlier..], &beams.slots.values, seen);
         }
     }
 }
