@@ -18,6 +18,7 @@ use crate::{
         history::History,
         measured::Measured,
         rows::{self, RowsForeseen},
+        secrets,
         work::{NodeId, Work},
     },
     error::CliError,
@@ -123,7 +124,7 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
         let memory = if what == "cached" { 0 } else { work.stage(id).resources.memory };
         lines.push((work.nodes[id].label.as_str(), what, why, rows, memory));
     }
-    let refused = (count[1] + count[2] > 0).then(|| refusal(devices, work)).flatten();
+    let refused = (count[1] + count[2] > 0).then(|| refusal(devices, &store, work)).flatten();
     if as_json {
         refused.iter().for_each(|refused| eprintln!("{refused}"));
         let stages: Vec<_> = lines
@@ -172,8 +173,9 @@ pub fn show(work: &Work, devices: &device::Selection, global: &Global, as_json: 
 }
 
 /// Why a run would not even begin on this machine, and what to do.
-fn refusal(devices: &device::Selection, work: &Work) -> Option<String> {
-    let error = request::machine(devices, work).err()?;
+fn refusal(devices: &device::Selection, store: &Store, work: &Work) -> Option<String> {
+    let machine = request::machine(devices, work).err();
+    let error = machine.or_else(|| secrets::check(store, work).err().map(CliError::from))?;
     let help = error.report.help().map(|help| format!(" ({help})")).unwrap_or_default();
     Some(format!("`grlm run` will refuse: {}{help}", error.report))
 }

@@ -31,7 +31,7 @@ impl Files {
     /// Digests every file that a node that may run (or be used) names, code of commands included.
     ///
     /// # Errors
-    /// The first file that cannot be read, or the store.
+    /// The first file that cannot be read, a model that the hub does not have, or the store.
     pub fn digest(store: &Store, work: &Work) -> Result<Self, FilesError> {
         let mut paths: Vec<&Path> = Vec::new();
         for (id, node) in work.nodes.iter().enumerate() {
@@ -59,6 +59,12 @@ impl Files {
         Ok(Self { contents: digested, models: Models::pin(store, work)? })
     }
 
+    /// # Errors
+    /// A model is not there, so that its stage could not run.
+    pub fn check_models(&self, work: &Work) -> Result<(), FilesError> {
+        self.models.check(work)
+    }
+
     pub fn get(&self, path: &Path) -> Option<&Content> {
         self.contents.get(path)
     }
@@ -68,11 +74,13 @@ impl Files {
     }
 }
 
-/// Files of the user's that cannot be taken.
+/// Files and models of the user's that cannot be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
     #[error("{name} ({}): {what}", path.display())]
     Odd { name: String, path: PathBuf, what: String, help: Option<String> },
+    #[error("the model of `{stage}` (`{parameter}`): {message}")]
+    Model { stage: String, parameter: String, message: String, help: Option<String> },
     #[error(transparent)]
     Store(#[from] StoreError),
 }

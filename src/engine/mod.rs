@@ -12,6 +12,7 @@
 //! | `names` | paths of an attempt as its user knows them |
 //! | `measured` | what stages were seen to need |
 //! | `rows` | how many rows of a stage are missing |
+//! | `secrets` | keys of servers that a run will need |
 //! | `outlook` | what follows from that for the order of stages |
 //! | `foresee` | what a run would do |
 //! | `run` | the loop |
@@ -30,5 +31,6 @@ mod outlook;
 mod outputs;
 pub mod rows;
 pub mod run;
+pub mod secrets;
 pub mod shortcut;
 pub mod work;

@@ -7,9 +7,15 @@ use std::{
 };
 
 use grlm_cache::{Store, StoreError};
-use grlm_stages::hub::{Hub, ModelName, PinnedModel};
+use grlm_stages::{
+    Failure,
+    hub::{Hub, ModelName, PinnedModel},
+};
 
-use super::work::{Permission, Work};
+use super::{
+    decide::FilesError,
+    work::{Permission, Work},
+};
 use crate::pipeline::Stage;
 
 /// How long the hub may take before its cache is asked.
@@ -28,11 +34,11 @@ pub struct Pinned {
 
 impl Models {
     /// Pins the models of every node that may run (or be used). A repository about which nothing can be learned is no
-    /// error here: its stage fails when it is run, with the reason.
+    /// error here: a plan is of use without a network.
     ///
     /// # Errors
-    /// A folder cannot be read.
-    pub fn pin(store: &Store, work: &Work) -> Result<Self, StoreError> {
+    /// A folder cannot be read; the hub was asked, and has no such model for us.
+    pub fn pin(store: &Store, work: &Work) -> Result<Self, FilesError> {
         let named: BTreeSet<String> = work
             .nodes
             .iter()
@@ -48,7 +54,25 @@ impl Models {
             let pinned = pin(store, &hub, &name)?;
             Ok((name, pinned))
         };
-        named.into_iter().map(pin).collect::<Result<_, _>>().map(Self)
+        let models = named.into_iter().map(pin).collect::<Result<_, StoreError>>().map(Self)?;
+        if hub.is_on() {
+            models.check(work)?;
+        }
+        Ok(models)
+    }
+
+    /// # Errors
+    /// A model that is not there, so that its stage would fail however often it is tried.
+    pub fn check(&self, work: &Work) -> Result<(), FilesError> {
+        let asked_for = work.nodes.iter().filter(|node| node.permission != Permission::Leave);
+        for node in asked_for {
+            for (parameter, pinned) in self.of(work.stage_of(node)) {
+                if let PinnedModel::Unknown { message, help, wrong: true } = pinned.model {
+                    return Err(FilesError::Model { stage: node.label.clone(), parameter, message, help });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The models of a stage, by the parameter that names each.
@@ -71,12 +95,17 @@ fn pin(store: &Store, hub: &Hub, name: &str) -> Result<Pinned, StoreError> {
     }
     let model = match parsed.map(|name| hub.pin(&name)) {
         Ok(Ok(model)) => model,
-        Ok(Err(error)) => PinnedModel::Unknown { message: error.to_string() },
-        Err(message) => PinnedModel::Unknown { message },
+        Ok(Err(error)) => PinnedModel::Unknown {
+            message: error.to_string(),
+            help: error.help_text().map(str::to_owned),
+            wrong: error.failure() == Failure::WrongInput,
+        },
+        Err(message) => PinnedModel::Unknown { message, help: None, wrong: true },
     };
     let identity = match &model {
         PinnedModel::Hub { repository, commit } => format!("{repository}@{commit}"),
-        _ => format!("{name}, not resolved"),
+        PinnedModel::Folder(snapshot) => store.digest(snapshot)?.digest.hex(),
+        PinnedModel::Unknown { .. } => format!("{name}, not resolved"),
     };
     Ok(Pinned { model, identity })
 }
@@ -103,7 +132,36 @@ mod tests {
         assert_ne!(identity(&name), first);
         let commit = "0123456789abcdef0123456789abcdef01234567";
         assert_eq!(identity(&format!("org/name@{commit}")), format!("org/name@{commit}"));
-        assert!(matches!(pin(&store, &hub, "org/name").unwrap().model, PinnedModel::Unknown { .. }));
+        let unknown = pin(&store, &hub, "org/name").unwrap().model;
+        let PinnedModel::Unknown { help: Some(help), wrong: true, .. } = unknown else { panic!("{unknown:?}") };
+        assert!(help.contains("HF_HUB_OFFLINE"), "{help}");
         assert!(pin(&store, &hub, "/no/such/folder").is_err());
+    }
+
+    /// Of a commit that another program fetched in part, every further file makes another model.
+    #[test]
+    fn what_another_program_left_in_the_hub_s_cache_is_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store"), Access::Write).unwrap();
+        let (home, commit) = (dir.path().display().to_string(), "0123456789abcdef0123456789abcdef01234567");
+        let offline = |name: &str| match name {
+            "HF_HOME" => Some(home.clone()),
+            "HF_HUB_OFFLINE" => Some("1".to_owned()),
+            _ => None,
+        };
+        let hub = Hub::new(&offline, PATIENCE);
+        let repository = dir.path().join("hub/models--org--name");
+        let snapshot = repository.join("snapshots").join(commit);
+        std::fs::create_dir_all(snapshot.join("1_Pooling")).unwrap();
+        std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+        let name = format!("org/name@{commit}");
+        let identity = || pin(&store, &hub, &name).unwrap().identity;
+        let in_part = identity();
+        assert!(matches!(pin(&store, &hub, &name).unwrap().model, PinnedModel::Folder(folder) if folder == snapshot));
+        std::fs::write(snapshot.join("1_Pooling/config.json"), "{}").unwrap();
+        assert_ne!(identity(), in_part);
+        std::fs::create_dir(repository.join(".grlm")).unwrap();
+        std::fs::write(repository.join(".grlm").join(commit), "").unwrap();
+        assert_eq!(identity(), name, "all of it is there");
     }
 }

@@ -40,7 +40,8 @@ pub const BASE: &[&str] = &[
 ];
 
 /// Passed on to stages of grlm's own when set: they never change a result.
-pub const BUILT_IN: &[&str] = &["CUDA_HOME", "CUDA_PATH", "RUST_BACKTRACE", "RUST_LIB_BACKTRACE"];
+pub const BUILT_IN: &[&str] =
+    &["CUDA_HOME", "CUDA_PATH", "RUST_BACKTRACE", "RUST_LIB_BACKTRACE", "TRANSFORMERS_OFFLINE"];
 
 /// Set to the number of leased cores.
 pub const THREADS: &[&str] = &["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"];
@@ -98,7 +99,7 @@ mod tests {
 
     #[test]
     fn only_declared_variables_pass() {
-        let own = ["PATH", "LC_ALL", "HF_HOME", "TOKEN", "OTHER", "SEED", "OMP_NUM_THREADS"];
+        let own = ["PATH", "LC_ALL", "HF_HOME", "TRANSFORMERS_OFFLINE", "TOKEN", "OTHER", "SEED", "OMP_NUM_THREADS"];
         let own = || own.into_iter().map(|n| (OsString::from(n), OsString::from(format!("own {n}"))));
         let mut spec =
             AttemptSpec::new("s", "command", serde_json::Value::Null, Path::new("/w"), Path::new("/scratch"));
@@ -115,6 +116,9 @@ mod tests {
         assert_eq!(command[OsStr::new("CUDA_VISIBLE_DEVICES")], "");
         assert!(!command.contains_key(OsStr::new("OTHER")) && !command.contains_key(OsStr::new("HF_HOME")));
         spec.kind = "tid".into();
-        assert_eq!(get(&spec)[OsStr::new("HF_HOME")], "own HF_HOME");
+        // Whatever says where the hub is, and whether it may be asked, holds for the worker too.
+        for name in ["HF_HOME", "TRANSFORMERS_OFFLINE"] {
+            assert_eq!(get(&spec)[OsStr::new(name)], *format!("own {name}"));
+        }
     }
 }

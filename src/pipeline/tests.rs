@@ -83,6 +83,22 @@ fn a_variable_is_either_recorded_or_kept() {
 }
 
 #[test]
+fn a_server_s_key_that_the_stage_would_not_see_is_a_mistake() {
+    let stage = |declared: &str| {
+        let model = "{ endpoint: 'http://h/v1', model: m, api_key_env: KEY }";
+        format!(
+            "stages:\n  i: {{ uses: synth }}\n  s:\n    uses: similarity\n    inputs: {{ items: i.items }}\n    \
+             with: {{ encoder: {model} }}\n{declared}"
+        )
+    };
+    for declared in ["", "    env: [KEY]\n", "    secrets: [KEI]\n"] {
+        assert_says(&wrong(&stage(declared)), &["6:", "`KEY` is not passed on", "secrets: [KEY]"]);
+    }
+    assert!(loaded(&stage("    secrets: [KEY]\n")).is_ok());
+    assert!(loaded(&stage("    pass_env: [KEY]\n")).is_ok());
+}
+
+#[test]
 fn a_check_of_two_parameters_names_both_once() {
     let text = "stages:\n  s:\n    uses: train\n    with: { architecture: { heads: 3, kv_heads: 2 } }\n";
     let said = wrong(text);

@@ -263,11 +263,25 @@ impl StageContext {
             _ => self.devices.clone(),
         };
         let (each, more) = (self.threads / devices.len(), self.threads % devices.len());
+        let of = devices.len();
         let row_device = |(number, device)| {
             let threads = (each + usize::from(number < more)).max(1);
-            RowDevice { number, device, threads, stop: self.stop.clone(), notes: Notes::default() }
+            RowDevice { number, device, of, threads, stop: self.stop.clone(), notes: Notes::default() }
         };
         devices.into_iter().enumerate().map(row_device).collect()
+    }
+
+    /// What a job of requests to a server is spread over: so many threads, of no device.
+    pub(crate) fn row_requests(&self, at_once: usize) -> Vec<RowDevice> {
+        let one = |number| RowDevice {
+            number,
+            device: Device::Cpu,
+            of: at_once,
+            threads: 1,
+            stop: self.stop.clone(),
+            notes: Notes::default(),
+        };
+        (0..at_once).map(one).collect()
     }
 
     pub(crate) fn take_rows(&mut self) -> Box<dyn RowMemo> {

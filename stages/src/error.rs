@@ -138,15 +138,16 @@ impl From<grlm_nn::Error> for StageError {
         match error {
             // A file of a model that is not there is the user's to mend; anything else the system's.
             grlm_nn::Error::Io { path, source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                Self::input(path, "no such file")
+                Self::input(path, "no such file").help(
+                    "a model's folder holds config.json, tokenizer.json and safetensors weights, all of one model",
+                )
             }
             grlm_nn::Error::Io { action, path, source } => Self::Io { action, path, source },
             grlm_nn::Error::Model { path, message, help } => Self::Input { path, line: None, message, help },
             grlm_nn::Error::Argument { message, help } => Self::Params { message, help },
             grlm_nn::Error::Stopped => Self::Stopped,
-            error @ grlm_nn::Error::Overflow => {
-                Self::params(error.to_string()).help("`dtype: bf16` or `f32` holds larger ones than `f16`")
-            }
+            error @ grlm_nn::Error::NotFinite => Self::params(error.to_string())
+                .help("its weights are damaged or not trained well; in f16 they may be too large: try `dtype: bf16`"),
             error @ grlm_nn::Error::Candle(_) => match error.to_string() {
                 text if is_out_of_memory(&text) => Self::OutOfMemory { message: text, help: None },
                 text => Self::bug(text),

@@ -20,6 +20,7 @@ pub fn is_at_hand(name: &str) -> bool {
 /// What is wrong with a model's name before anything runs: it is a path at which no folder is, or no name at all.
 pub fn issue(place: &str, name: &str) -> Option<ParamIssue> {
     let message = match ModelName::parse(name) {
+        _ if Path::new(name).is_file() => format!("`{name}` is a file"),
         Ok(ModelName::Folder(folder)) if !folder.is_dir() => format!("`{name}` is not a folder"),
         Ok(_) => return None,
         Err(message) => message,
@@ -51,6 +52,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(issue("model", &folder.path().to_string_lossy()).is_none());
         assert!(issue("model", "Qwen/Qwen3-4B@v1").is_none());
+        let file = folder.path().join("weights");
+        std::fs::write(&file, "").unwrap();
+        assert!(issue("model", &file.to_string_lossy()).unwrap().message.ends_with("is a file"));
         for wrong in ["/no/such/folder", "./none", "~/no/such/folder", "word"] {
             let issue = issue("model", wrong).unwrap();
             assert!(issue.path == "model" && issue.message.contains(wrong), "{issue:?}");

@@ -91,6 +91,8 @@ pub trait StageKind: Send + Sync {
     /// # Errors
     /// As for `resolve_params`.
     fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>>;
+    /// As [`Stage::secrets`]; none, if the parameters are not as `resolve_params` returned them.
+    fn secrets(&self, params: &Value) -> BTreeMap<String, String>;
     /// # Errors
     /// As [`Stage::run`].
     fn run(&self, params: &Value, cx: &mut StageContext) -> Result<(), StageError>;
@@ -155,6 +157,10 @@ impl<S: Stage> StageKind for Erased<S> {
 
     fn models(&self, params: &Value) -> Result<BTreeMap<String, String>, Vec<ParamError>> {
         Self::parse(params).map(|p| S::models(&p))
+    }
+
+    fn secrets(&self, params: &Value) -> BTreeMap<String, String> {
+        Self::parse(params).map(|p| S::secrets(&p)).unwrap_or_default()
     }
 
     fn check_ports(&self, params: &Value, inputs: &[&str], outputs: &[&str]) -> Vec<ParamError> {

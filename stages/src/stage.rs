@@ -51,6 +51,12 @@ pub trait Stage: Send + Sync + 'static {
         BTreeMap::new()
     }
 
+    /// Environment variables whose values are secret: the parameter that names each, such as `extractor.api_key_env`,
+    /// and the variable. The pipeline has to pass them on to the stage.
+    fn secrets(_params: &Self::Params) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
     /// Mistakes in how the pipeline connected the stage that its [`Ports`] cannot express, for kinds whose ports are
     /// open. Found before anything runs; `path` is relative to `with`.
     fn check_ports(_params: &Self::Params, _inputs: &[&str], _outputs: &[&str]) -> Vec<ParamIssue> {

@@ -132,6 +132,14 @@ impl Ran {
         self.text(port).lines().map(|l| serde_json::from_str(l).unwrap()).collect()
     }
 
+    /// The last value of a metric.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        self.events.iter().rev().find_map(|e| match e {
+            WorkerEvent::Metric { name: told, value, .. } if told == name => Some(*value),
+            _ => None,
+        })
+    }
+
     /// All log lines, warnings included.
     pub fn logs(&self) -> Vec<&str> {
         self.events

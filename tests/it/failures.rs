@@ -186,3 +186,59 @@ fn a_plan_ends_with_why_the_run_will_be_refused() {
     assert!(last.starts_with("`grlm run` will refuse: stage `count` cannot run here: it needs 3 GPUs"), "{plan}");
     assert!(!env.ok(&["plan", "three.yaml", "--until", "upper"]).stdout.contains("refuse"));
 }
+
+const ASKING: &str = r#"
+name: asking
+stages:
+  make:
+    uses: synth
+    with: { items: 40, users: 8 }
+  near:
+    uses: similarity
+    secrets: [GRLM_TEST_ASKING_KEY]
+    inputs: { items: make.items }
+    with: { encoder: { endpoint: "http://127.0.0.1:9/v1", model: m, api_key_env: GRLM_TEST_ASKING_KEY } }
+"#;
+
+#[test]
+fn a_server_s_key_that_is_not_set_is_missed_before_anything_runs() {
+    let env = Environment::new();
+    env.write("asking.yaml", ASKING);
+    let said = unwrapped(&env.fails(3, &["run", "asking.yaml"]));
+    assert!(said.contains("`near` asks a server with the key in `GRLM_TEST_ASKING_KEY`, which is not set"), "{said}");
+    assert!(!env.path("out").exists(), "nothing ran");
+    let plan = env.ok(&["plan", "asking.yaml"]).stdout;
+    assert!(plan.contains("`grlm run` will refuse: `near` asks a server"), "{plan}");
+    env.ok(&["run", "asking.yaml", "--only", "make"]);
+}
+
+#[test]
+fn a_model_that_the_hub_does_not_have_is_a_mistake_before_anything_runs() {
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", hub.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in hub.incoming().flatten() {
+            let mut request = [0; 4096];
+            let _ = std::io::Read::read(&mut stream, &mut request);
+            let answer = "HTTP/1.1 404 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            let _ = std::io::Write::write_all(&mut stream, answer.as_bytes());
+        }
+    });
+    let env = Environment::new();
+    let model = "encoder: { model: Qwen/Qwen3-Embeding-0.6B }";
+    let from = ASKING.find("encoder:").unwrap();
+    env.write("asking.yaml", &format!("{}{model} }}\n", &ASKING[..from]));
+    for verb in ["plan", "run"] {
+        let output = env.command(&[verb, "asking.yaml"]).env("HF_ENDPOINT", &address).output().unwrap();
+        let said = unwrapped(&String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        assert!(said.contains("the model of `near` (`encoder.model`)") && said.contains("status 404"), "{said}");
+        assert!(said.contains("check the spelling"), "{said}");
+    }
+    // Without the hub a plan is of use, and a run is not.
+    let offline = |verb| env.command(&[verb, "asking.yaml"]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    assert!(offline("plan").status.success());
+    let said = unwrapped(&String::from_utf8_lossy(&offline("run").stderr));
+    assert!(said.contains("the hub is switched off") && said.contains("HF_HUB_OFFLINE"), "{said}");
+    assert!(!env.path("out").exists(), "nothing ran");
+}

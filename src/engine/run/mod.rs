@@ -23,7 +23,7 @@ use super::{
     decide::{self, Action, Answer, Files, FilesError},
     history::History,
     outlook::Outlook,
-    rows,
+    rows, secrets,
     work::{NodeId, Permission, Source, Work},
 };
 use crate::{
@@ -74,7 +74,7 @@ pub enum RunError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Devices(#[from] HostError),
-    /// A file of the user's that cannot be taken.
+    /// A file or model of the user's that cannot be taken, or a server's key that is not there.
     #[error("{message}")]
     File { message: String, help: Option<String> },
     /// A result is in the store, and cannot be shown.
@@ -89,7 +89,7 @@ impl From<FilesError> for RunError {
         let message = error.to_string();
         match error {
             FilesError::Store(error) => error.into(),
-            FilesError::Odd { help, .. } => Self::File { message, help },
+            FilesError::Odd { help, .. } | FilesError::Model { help, .. } => Self::File { message, help },
         }
     }
 }
@@ -158,7 +158,8 @@ struct Engine<'a> {
 /// Runs everything that `work` permits.
 ///
 /// # Errors
-/// The store or the journal cannot be used. Stages that fail are no error: see [`Ended::outcome`].
+/// The store or the journal cannot be used; something is missing without which a stage cannot run. Stages that fail are
+/// no error: see [`Ended::outcome`].
 pub fn run(
     store: Arc<Store>,
     work: &Work,
@@ -179,11 +180,11 @@ pub fn run(
         journal.set_name(name)?;
     }
     let directory = std::env::current_dir().map_err(io("find the working directory"))?;
-    let files = match Files::digest(&store, work) {
+    let files = match begin(&store, work) {
         Ok(files) => files,
         Err(error) => {
             finish::close_unbegun(&mut journal, id);
-            return Err(error.into());
+            return Err(error);
         }
     };
     let histories = names.iter().map(|title| History::open(store.root(), title)).collect();
@@ -456,4 +457,13 @@ impl Engine<'_> {
             self.error.get_or_insert(error.into());
         }
     }
+}
+
+/// The users' files and models, and what else stages will need from outside: found to be missing now, and not when the
+/// stages before them have run for hours.
+fn begin(store: &Store, work: &Work) -> Result<Files, RunError> {
+    let files = Files::digest(store, work)?;
+    files.check_models(work)?;
+    secrets::check(store, work)?;
+    Ok(files)
 }

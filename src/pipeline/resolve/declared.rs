@@ -1,7 +1,7 @@
 //! What a stage declares beside its parameters: resources, outputs of its own, ports in its text, variables.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Component, Path, PathBuf},
 };
 
@@ -12,7 +12,7 @@ use super::{Draft, check_port_name};
 use crate::pipeline::{
     hint,
     mistake::{Mark, Mistake, below},
-    repair::typed,
+    repair::{keys, typed},
     spec::{DeclaredOutput, Shown, StageSpec},
     template::{Piece, PortReference, pieces, port_reference},
 };
@@ -117,6 +117,19 @@ impl Draft {
                         format!("stage `{}` has no {side} `{port}`", self.name),
                     )
                     .help(help),
+                );
+            }
+        }
+    }
+
+    /// A stage sees only what is declared. `env` will not do: its values are written down.
+    pub(super) fn check_secrets(&mut self, wanted: BTreeMap<String, String>, spec: &StageSpec) {
+        for (parameter, name) in wanted {
+            if !spec.secrets.contains(&name) && !spec.pass_env.contains(&name) {
+                let at = below(&below(&self.at, &["with"]), &keys(&parameter));
+                self.mistakes.push(
+                    Mistake::value(&at, format!("the variable `{name}` is not passed on to the stage"))
+                        .help(format!("declare it at the stage: `secrets: [{name}]`")),
                 );
             }
         }

@@ -144,6 +144,7 @@ impl Draft {
                 }
             }
         }
+        self.check_secrets(kind.secrets(&params), spec);
         let inputs: Vec<&str> = spec.inputs.keys().map(String::as_str).collect();
         let outputs: Vec<&str> = self.outputs.iter().map(|o| o.name.as_ref()).collect();
         let issues = kind.check_ports(&params, &inputs, &outputs);

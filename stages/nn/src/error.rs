@@ -14,9 +14,9 @@ pub enum Error {
     /// A value asked of the engine makes no sense (0 beams, a prompt longer than the model's positions).
     #[error("{message}")]
     Argument { message: String, help: Option<String> },
-    /// Numbers grew beyond what their type holds.
-    #[error("the model's numbers overflow")]
-    Overflow,
+    /// Hidden states are no numbers: weights are, or they grew beyond what their type holds.
+    #[error("the model computes NaN or infinity")]
+    NotFinite,
     /// The caller's stop flag was set.
     #[error("stopped on request")]
     Stopped,

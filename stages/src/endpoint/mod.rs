@@ -1,17 +1,19 @@
 //! A server that speaks OpenAI's HTTP interface (vLLM, SGLang, TGI, llama.cpp, `transformers serve`): requests with
-//! bounded concurrency, a time limit, and new tries where one can help.
+//! a time limit, and new tries where one can help. How many are under way at once is the row job's to say
+//! ([`RowJob::requests`](crate::rows::RowJob::requests)).
 //!
 //! | what happens | what is done |
 //! |---|---|
 //! | no connection, no whole answer in time, 408, 409, 425, 429, 5xx, an answer that is not what was asked for | tried again, later and later, or when `Retry-After` says |
 //! | 400, 413, 415, 422 | this request has failed; the others go on |
-//! | 401, 403, 404 and anything else | nothing can work: all end |
+//! | 401, 403, 404 and other refusals | a mistake in the parameters: all end, and the stage is not tried again |
 //! | as many requests in a row have failed for good as are under way at once | the server is taken to be down: all end |
 //!
 //! The key stands in the one header that is sent, and is blanked in every message.
 
 use std::{
-    fmt,
+    collections::BTreeMap,
+    fmt, io,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -20,11 +22,11 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use ureq::Agent;
+use ureq::{Agent, Timeout};
 
 use crate::{ParamIssue, StageError, StopFlag, rows::RowFailure};
 
-mod retry;
+pub(crate) mod retry;
 #[cfg(test)]
 pub(crate) mod server;
 #[cfg(test)]
@@ -38,6 +40,8 @@ const LARGEST_ANSWER: u64 = 256 << 20;
 const NAP: Duration = Duration::from_millis(50);
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
+/// A host that takes longer to be connected to is not there.
+const LONGEST_TO_CONNECT: Duration = Duration::from_secs(20);
 
 /// How a server is asked.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,6 +63,11 @@ impl Default for Settings {
         let (concurrency, timeout, retries) = (concurrency(), timeout(), retries());
         Self { api_key_env: None, concurrency, timeout, retries, extra_body: Map::new() }
     }
+}
+
+/// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand.
+pub fn secret(at: &str, api_key_env: Option<&str>) -> BTreeMap<String, String> {
+    api_key_env.map(|name| (format!("{at}.api_key_env"), name.to_owned())).into_iter().collect()
 }
 
 /// Requests under way at once, where nothing is said.
@@ -83,17 +92,26 @@ impl Settings {
         let mut issues = Vec::new();
         let mut issue = |name: &str, message: &str| issues.push(ParamIssue::new(format!("{path}.{name}"), message));
         let Some(address) = address else {
-            if self.api_key_env.is_some() {
-                issue("api_key_env", "is for a server: `endpoint` is missing");
-            }
-            if !self.extra_body.is_empty() {
-                issue("extra_body", "is for a server: `endpoint` is missing");
+            let usual = Self::default();
+            let given = [
+                ("api_key_env", self.api_key_env.is_some()),
+                ("extra_body", !self.extra_body.is_empty()),
+                ("concurrency", self.concurrency != usual.concurrency),
+                ("timeout", self.timeout != usual.timeout),
+                ("retries", self.retries != usual.retries),
+            ];
+            for (name, _) in given.into_iter().filter(|(_, given)| *given) {
+                issue(name, "is for a server: `endpoint` is missing");
             }
             return issues;
         };
         match address.split_once("://") {
             Some(("http" | "https", rest)) if rest.split('/').next().is_some_and(|host| host.contains('@')) => {
                 issue("endpoint", "holds a password; name the variable of the key by `api_key_env`");
+            }
+            // Nothing can be appended to it, and what stands there is often a key, which would be written down.
+            Some(("http" | "https", rest)) if rest.contains(['?', '#']) => {
+                issue("endpoint", "ends before `?`; name the variable of a key by `api_key_env`");
             }
             Some(("http" | "https", rest)) if !rest.is_empty() => {}
             _ => issue("endpoint", "must be a URL, such as http://localhost:8000/v1"),
@@ -112,6 +130,14 @@ impl Settings {
         }
         issues
     }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.timeout)
+    }
+
+    fn timeout_to_connect(&self) -> Duration {
+        self.timeout().min(LONGEST_TO_CONNECT)
+    }
 }
 
 /// Why there is no answer to a request.
@@ -119,10 +145,23 @@ impl Settings {
 pub enum CallError {
     /// The server will not answer this request, whoever asks again; others it may.
     Refused(RowFailure),
-    /// No try had an answer.
-    NoAnswer(RowFailure),
+    /// No try had an answer of use. `answered`: the server had one to the last, so that it may be this request's fault.
+    NoAnswer { failure: RowFailure, answered: bool },
     /// No request will have one.
     All(StageError),
+}
+
+impl CallError {
+    /// What is wrong with this request alone.
+    ///
+    /// # Errors
+    /// What ends all requests.
+    pub fn of_one(self) -> Result<RowFailure, StageError> {
+        match self {
+            Self::Refused(failure) | Self::NoAnswer { failure, .. } => Ok(failure),
+            Self::All(error) => Err(error),
+        }
+    }
 }
 
 /// A server, ready to be asked from many threads.
@@ -130,6 +169,7 @@ pub struct Endpoint {
     agent: Agent,
     /// Without a slash at the end.
     address: String,
+    /// `None` also where the variable of the key is not set.
     key: Option<String>,
     settings: Settings,
     delays: Delays,
@@ -152,29 +192,21 @@ struct Counts {
 
 /// One try that did not succeed.
 enum Miss {
-    Again { reason: String, message: String, wait: Option<Duration> },
+    Again { reason: String, message: String, wait: Option<Duration>, answered: bool },
     Request(String),
-    All(String),
+    All(StageError),
 }
 
 impl Endpoint {
-    /// `address` is the base of the interface; `/v1` is added to a bare host.
-    ///
-    /// # Errors
-    /// The variable of the key is not set.
-    pub fn new(address: &str, settings: Settings, stop: StopFlag) -> Result<Self, StageError> {
-        let key = match &settings.api_key_env {
-            None => None,
-            Some(name) => Some(std::env::var(name).ok().filter(|key| !key.trim().is_empty()).ok_or_else(|| {
-                StageError::params(format!("the environment variable `{name}` is not set for this stage"))
-                    .help(format!("export it, and declare it at the stage: `secrets: [{name}]`"))
-            })?),
-        };
-        let timeout = Duration::from_secs_f64(settings.timeout);
+    /// `address` is the base of the interface; `/v1` is added to a bare host. A key that is not there is missed by the
+    /// first request: what is known already needs none.
+    pub fn new(address: &str, settings: Settings, stop: StopFlag) -> Self {
+        let key = settings.api_key_env.as_ref().and_then(|name| std::env::var(name).ok());
+        let key = key.map(|key| key.trim().to_owned()).filter(|key| !key.is_empty());
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            .timeout_global(Some(timeout))
-            .timeout_connect(Some(timeout.min(Duration::from_secs(20))))
+            .timeout_global(Some(settings.timeout()))
+            .timeout_connect(Some(settings.timeout_to_connect()))
             .max_idle_connections(settings.concurrency)
             .max_idle_connections_per_host(settings.concurrency)
             .user_agent("grlm")
@@ -183,17 +215,17 @@ impl Endpoint {
         if address.split_once("://").is_some_and(|(_, rest)| !rest.contains('/')) {
             address.push_str("/v1");
         }
-        Ok(Self {
+        Self {
             agent: config.new_agent(),
             address,
-            key: key.map(|key| key.trim().to_owned()),
+            key,
             settings,
             delays: Delays::default(),
             stop,
             not_before: Mutex::new(None),
             failed_in_a_row: AtomicUsize::new(0),
             counts: Mutex::default(),
-        })
+        }
     }
 
     /// Shortens all waits, for tests.
@@ -203,41 +235,44 @@ impl Endpoint {
         self
     }
 
-    /// Calls `one` for each of `items` on as many threads as requests may be under way at once; results are in order.
-    pub fn each<T: Sync, R: Send>(&self, items: &[T], one: impl Fn(&T) -> R + Sync) -> Vec<R> {
-        let next = AtomicUsize::new(0);
-        let results: Vec<Mutex<Option<R>>> = items.iter().map(|_| Mutex::new(None)).collect();
-        let work = || {
-            while let Some((item, slot)) = {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                items.get(index).zip(results.get(index))
-            } {
-                *locked(slot) = Some(one(item));
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..self.settings.concurrency.min(items.len()) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        results.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
-    }
-
     /// Posts `body` to `path` (such as `chat/completions`) until `accept` takes the answer or there is none.
     ///
     /// # Errors
-    /// As the table above says.
+    /// As the table above says; there is no key.
     pub fn post<T>(
         &self,
         path: &str,
         body: Map<String, Value>,
         accept: impl Fn(&Value) -> Result<T, String>,
     ) -> Result<T, CallError> {
+        self.post_up_to(self.settings.retries + 1, path, body, accept)
+    }
+
+    /// [`Endpoint::post`] with one try.
+    ///
+    /// # Errors
+    /// As for `post`.
+    pub fn post_once<T>(
+        &self,
+        path: &str,
+        body: Map<String, Value>,
+        accept: impl Fn(&Value) -> Result<T, String>,
+    ) -> Result<T, CallError> {
+        self.post_up_to(1, path, body, accept)
+    }
+
+    fn post_up_to<T>(
+        &self,
+        tries: u32,
+        path: &str,
+        body: Map<String, Value>,
+        accept: impl Fn(&Value) -> Result<T, String>,
+    ) -> Result<T, CallError> {
+        self.check_key()?;
         let url = format!("{}/{path}", self.address);
         let body = Value::Object(self.with_extra(body)).to_string();
-        let mut last = String::new();
-        for attempt in 0..=self.settings.retries {
+        let (mut last, mut last_answered) = (String::new(), false);
+        for attempt in 0..tries {
             self.wait_for_turn()?;
             if self.failed_in_a_row.load(Ordering::Relaxed) >= self.settings.concurrency.max(3) {
                 return Err(CallError::All(self.down(&url)));
@@ -250,18 +285,15 @@ impl Endpoint {
                 }
                 Err(Miss::Request(message)) => {
                     locked(&self.counts).failed += 1;
-                    return Err(CallError::Refused(RowFailure::new(self.blanked(&message))));
+                    return Err(CallError::Refused(RowFailure::new(message)));
                 }
-                Err(Miss::All(message)) => {
-                    return Err(CallError::All(
-                        StageError::Network { message: self.blanked(&message), help: None }.help(
-                            "check the address, the model's name and the key; what was answered until now is kept",
-                        ),
-                    ));
+                Err(Miss::All(error)) => {
+                    let help = "check the address, the model's name and the key; what was answered until now is kept";
+                    return Err(CallError::All(error.help(help)));
                 }
-                Err(Miss::Again { reason, message, wait }) => {
-                    last = message;
-                    if attempt < self.settings.retries {
+                Err(Miss::Again { reason, message, wait, answered }) => {
+                    (last, last_answered) = (message, answered);
+                    if attempt + 1 < tries {
                         self.count_again(reason);
                         self.back_off(attempt, wait)?;
                     }
@@ -270,10 +302,19 @@ impl Endpoint {
         }
         self.failed_in_a_row.fetch_add(1, Ordering::Relaxed);
         locked(&self.counts).failed += 1;
-        let tries = self.settings.retries + 1;
-        Err(CallError::NoAnswer(RowFailure::new(
-            self.blanked(&format!("no answer in {tries} tries; the last: {last}")),
-        )))
+        let failure = RowFailure::new(format!("no answer in {}; the last: {last}", counted(tries, "try", "tries")));
+        Err(CallError::NoAnswer { failure, answered: last_answered })
+    }
+
+    fn check_key(&self) -> Result<(), CallError> {
+        match &self.settings.api_key_env {
+            Some(name) if self.key.is_none() => {
+                let message = format!("the environment variable `{name}` is not set for this stage");
+                let help = format!("export it, and declare it at the stage: `secrets: [{name}]`");
+                Err(CallError::All(StageError::params(message).help(help)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What became of all requests, in words, where there is something to tell.
@@ -306,7 +347,12 @@ impl Endpoint {
     }
 
     fn attempt<T>(&self, url: &str, body: &str, accept: &impl Fn(&Value) -> Result<T, String>) -> Result<T, Miss> {
-        let again = |reason: &str, message: String| Miss::Again { reason: reason.to_owned(), message, wait: None };
+        let again = |reason: &str, message: String| Miss::Again {
+            reason: reason.to_owned(),
+            message,
+            wait: None,
+            answered: true,
+        };
         let mut request = self.agent.post(url).content_type("application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -320,21 +366,22 @@ impl Endpoint {
             200..=299 => {
                 let text = text.map_err(|error| self.lost(url, error))?;
                 let value: Value = serde_json::from_slice(&text)
-                    .map_err(|_| again("not JSON", format!("{url}: not JSON: {}", shown(&text))))?;
+                    .map_err(|_| again("not JSON", format!("{url}: not JSON: {}", self.shown(&text))))?;
                 accept(&value).map_err(|problem| {
-                    let text = shown(&text);
+                    let text = self.shown(&text);
                     again("another answer than was asked for", format!("{url}: {problem}: {text}"))
                 })
             }
             _ => {
-                let message = text.map(|text| message_of(&text)).unwrap_or_default();
+                let message = text.map(|text| self.message_of(&text)).unwrap_or_default();
                 let message = format!("{url}: status {status}{}{message}", if message.is_empty() { "" } else { ": " });
                 Err(match status {
                     408 | 409 | 425 | 429 | 500..=599 => {
-                        Miss::Again { reason: format!("status {status}"), message, wait }
+                        let answered = status >= 500;
+                        Miss::Again { reason: format!("status {status}"), message, wait, answered }
                     }
                     400 | 413 | 415 | 422 => Miss::Request(message),
-                    _ => Miss::All(message),
+                    _ => Miss::All(StageError::params(message)),
                 })
             }
         }
@@ -342,18 +389,27 @@ impl Endpoint {
 
     /// A request that got no whole answer.
     fn lost(&self, url: &str, error: ureq::Error) -> Miss {
+        use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
+        let seconds = |limit: Duration| format!("within {} s", limit.as_secs_f64());
         let (reason, what) = match &error {
+            ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
+                ("no connection", format!("no connection {}", seconds(self.settings.timeout_to_connect())))
+            }
             ureq::Error::Timeout(_) => {
-                ("no answer in time", format!("no whole answer within {} s", self.settings.timeout))
+                ("no answer in time", format!("no whole answer {}", seconds(self.settings.timeout())))
             }
             ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => ("no connection", error.to_string()),
-            ureq::Error::Io(_) | ureq::Error::Protocol(_) | ureq::Error::BodyStalled => {
+            ureq::Error::Io(cause)
+                if matches!(cause.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable) =>
+            {
+                ("no connection", format!("no connection: {cause}"))
+            }
+            ureq::Error::Io(_) | ureq::Error::Protocol(_) | ureq::Error::BodyStalled | ureq::Error::Decompress(..) => {
                 ("half an answer or none", format!("the connection broke: {error}"))
             }
-            ureq::Error::Decompress(..) => ("half an answer or none", error.to_string()),
-            _ => return Miss::All(format!("{url}: {error}")),
+            _ => return Miss::All(StageError::Network { message: format!("{url}: {error}"), help: None }),
         };
-        Miss::Again { reason: reason.to_owned(), message: format!("{url}: {what}"), wait: None }
+        Miss::Again { reason: reason.to_owned(), message: format!("{url}: {what}"), wait: None, answered: false }
     }
 
     fn down(&self, url: &str) -> StageError {
@@ -400,10 +456,28 @@ impl Endpoint {
         }
     }
 
-    fn blanked(&self, message: &str) -> String {
-        match &self.key {
-            Some(key) => message.replace(key.as_str(), "***"),
-            None => message.to_owned(),
+    /// The message in the body of an error, in OpenAI's layout or any other.
+    fn message_of(&self, body: &[u8]) -> String {
+        let value: Option<Value> = serde_json::from_slice(body).ok();
+        let found = value.as_ref().and_then(|value| {
+            let places =
+                [value.pointer("/error/message"), value.get("message"), value.get("detail"), value.get("error")];
+            places.into_iter().flatten().find_map(Value::as_str)
+        });
+        self.shown(found.map_or(body, str::as_bytes))
+    }
+
+    /// The beginning of a text of the server's, on one line. The key is blanked before it is cut: a part of it would be
+    /// found by nobody.
+    fn shown(&self, text: &[u8]) -> String {
+        let mut text = String::from_utf8_lossy(text).into_owned();
+        if let Some(key) = &self.key {
+            text = text.replace(key.as_str(), "***");
+        }
+        let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        match line.char_indices().nth(SHOWN) {
+            Some((end, _)) => format!("{}…", &line[..end]),
+            None => line,
         }
     }
 }
@@ -414,52 +488,11 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// Results of several requests: all of them, or the first error that ends everything once the others are in.
-pub struct Gathered<T> {
-    pub results: Vec<Result<T, RowFailure>>,
-    pub end: Option<StageError>,
-}
-
-/// Takes apart what concerns single requests and what ends all. Requests that had no turn before the end count as
-/// failed, so that the others' results can be kept; the caller reports the end when it is asked again.
-pub fn gather<T>(answers: Vec<Result<T, CallError>>) -> Gathered<T> {
-    let mut end = None;
-    let results = answers
-        .into_iter()
-        .map(|answer| match answer {
-            Ok(answer) => Ok(answer),
-            Err(CallError::Refused(failure) | CallError::NoAnswer(failure)) => Err(failure),
-            Err(CallError::All(error)) => {
-                let failure = RowFailure::new(error.to_string());
-                end.get_or_insert(error);
-                Err(failure)
-            }
-        })
-        .collect();
-    Gathered { results, end }
-}
-
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whole between calls, so a panic elsewhere does no harm.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The message in the body of an error, in OpenAI's layout or any other.
-fn message_of(body: &[u8]) -> String {
-    let value: Option<Value> = serde_json::from_slice(body).ok();
-    let found = value.as_ref().and_then(|value| {
-        let places = [value.pointer("/error/message"), value.get("message"), value.get("detail"), value.get("error")];
-        places.into_iter().flatten().find_map(|found| found.as_str().map(str::to_owned))
-    });
-    found.map_or_else(|| shown(body), |found| shown(found.as_bytes()))
-}
-
-/// The beginning of a text, on one line.
-fn shown(text: &[u8]) -> String {
-    let text = String::from_utf8_lossy(text);
-    let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
-    }
+fn counted(number: u32, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
 }

@@ -6,7 +6,7 @@ use grlm_nn::{
 };
 
 use super::{Decoding, Params};
-use crate::machine;
+use crate::rows::RowDevice;
 
 /// Users that are handed to a device at a time: what a kill may cost.
 pub const PIECE: usize = 32;
@@ -17,15 +17,15 @@ const MOST: usize = 16;
 /// The part of the free memory that is taken.
 const SHARE: f64 = 0.5;
 
-/// Users in work on each of `threads` threads, at least 1. `longest` is the longest prompt behind the shared beginning.
-pub fn batch(params: &Params, config: &Config, trie: &Trie, longest: usize, threads: usize) -> usize {
+/// Users in work on each of the device's threads, at least 1. `longest` is the longest prompt behind the shared
+/// beginning.
+pub fn batch(params: &Params, config: &Config, trie: &Trie, longest: usize, device: &RowDevice) -> usize {
     let slots = match params.decoding {
         Decoding::Catalogue => memory::catalogue_slots(trie, params.beams),
         Decoding::Free => memory::free_slots(params.beams, params.max_new_tokens),
         Decoding::Exact => 0,
     };
-    let Some(free) = machine::available_memory() else { return MOST };
-    let budget = (free as f64 * SHARE) as usize / threads;
-    let room = budget.saturating_sub(memory::work(config, longest));
-    (room / memory::prompt(config, longest, slots).max(1)).clamp(1, MOST)
+    let Some(free) = device.free_memory() else { return MOST };
+    let each = (free as f64 * SHARE) as usize / device.threads;
+    memory::prompts_within(config, each, longest, slots).min(MOST)
 }

@@ -24,6 +24,8 @@ pub struct Tids {
     texts: FxHashMap<ItemId, Vec<u32>>,
     /// Items whose TID the tokenizer cannot spell.
     pub unwritable: usize,
+    /// Items without a valid TID.
+    pub without_words: usize,
 }
 
 impl Tids {
@@ -60,6 +62,7 @@ impl Tids {
             entries_of_key: FxHashMap::default(),
             texts: FxHashMap::default(),
             unwritable,
+            without_words: id2meta.records().iter().filter(|record| !record.has_valid_tid()).count(),
         };
         for (entry, (tokens, mut records)) in (0..).zip(by_tokens) {
             records.sort_by_key(|r| std::cmp::Reverse(counts.get(r.id()).copied().unwrap_or(0)));
@@ -129,6 +132,9 @@ impl Tids {
         for (tokens, items) in self.sequences.iter().zip(&self.items) {
             add(&mut hasher, tokens);
             if texts {
+                // Which comes first is decided by histories, and changes no score.
+                let mut items: Vec<&ItemId> = items.iter().collect();
+                items.sort_unstable();
                 hasher.update(&(items.len() as u64).to_le_bytes());
                 for item in items {
                     hasher.update(&(item.0.len() as u64).to_le_bytes());

@@ -3,6 +3,8 @@
 //! A row is one list. Its key holds the prompt's tokens, what is left out, the digest of the model's files, the digest
 //! of the TID set and the parameters of decoding: so one more user costs one row, and `top_n`, which only cuts, none.
 
+use std::path::Path;
+
 use grlm_nn::{
     generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
     qwen3::Qwen3,
@@ -19,7 +21,7 @@ use crate::{
 };
 
 /// Raised when the code changes what it computes for a row.
-const ROW_VERSION: u32 = 1;
+const ROW_VERSION: u32 = 2;
 
 /// An answer of a row: a TID's number in the trie with its score, an item with its score, or a text.
 #[derive(Debug, Serialize, Deserialize)]
@@ -82,17 +84,20 @@ pub struct Decoder<'a> {
     work: &'a Work,
     generator: Generator<'a>,
     trie: Trie,
+    /// Tokens that end a free text.
+    ends: Vec<u32>,
     pool: rayon::ThreadPool,
     device: RowDevice,
 }
 
 impl<'a> Decoder<'a> {
     /// # Errors
-    /// The shared beginning cannot be read.
+    /// The shared beginning cannot be read, or `generation_config.json` in the model's `folder`.
     pub fn new(
         params: &'a Params,
         work: &'a Work,
         model: &'a Qwen3,
+        folder: &Path,
         device: RowDevice,
         smaller: u32,
     ) -> Result<Self, StageError> {
@@ -101,11 +106,12 @@ impl<'a> Decoder<'a> {
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
         let batch = match model.is_on_device() {
             true => budget::ON_DEVICE,
-            false => budget::batch(params, model.config(), &trie, longest, device.threads),
+            false => budget::batch(params, model.config(), &trie, longest, &device),
         } >> smaller.min(16);
         let generator =
             pool.install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))?;
-        Ok(Self { params, work, generator, trie, pool, device })
+        let ends = model.config().text_ends(folder)?;
+        Ok(Self { params, work, generator, trie, ends, pool, device })
     }
 
     fn answers<'q>(&self, queries: &[&'q Query]) -> Result<Vec<Answers>, grlm_nn::Error> {
@@ -120,9 +126,9 @@ impl<'a> Decoder<'a> {
                 let prompts: Vec<&[u32]> = queries.iter().map(rest).collect();
                 let free = Free {
                     beams: self.params.beams,
-                    max_new: self.params.max_new_tokens,
+                    max_new: self.longest_text(),
                     length_penalty: penalty,
-                    ends: self.generator.model().config().eos_tokens.clone(),
+                    ends: self.ends.clone(),
                 };
                 let texts = free.search(&self.generator, &prompts)?;
                 texts.iter().map(|beams| self.texts(beams)).collect()
@@ -153,6 +159,14 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// Tokens of a free text. A model of words alone writes a TID in five, and would go on with the next item.
+    fn longest_text(&self) -> usize {
+        match self.work.layout.settings().tokens {
+            TokenKind::Words => self.params.max_new_tokens.min(TID_LENGTH),
+            TokenKind::Prefixes | TokenKind::Model => self.params.max_new_tokens,
+        }
+    }
+
     /// Under `score: sequence` the items of the TIDs that were found are scored with their titles.
     fn with_titles(&self, queries: &[&Query], found: Vec<Vec<(u32, f32)>>) -> Result<Vec<Answers>, grlm_nn::Error> {
         if self.params.score == Score::Tid {
@@ -168,7 +182,8 @@ impl<'a> Decoder<'a> {
             let penalty = self.params.length_penalty();
             let scores = generate::exact(&self.generator, &self.work.prefix, &[prompt], &texts, full, penalty)?;
             let mut scored: Vec<(ItemId, f32)> = items.into_iter().cloned().zip(scores.into_iter().flatten()).collect();
-            scored.sort_by(|a, b| b.1.total_cmp(&a.1));
+            // Not in the order of the entry's items, which other users' histories decide.
+            scored.sort_by(|a, b| b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
             Ok(Answers::Items(scored))
         };
         queries.iter().zip(found).map(one).collect()
@@ -218,7 +233,7 @@ impl RowFunction for Decoder<'_> {
 pub fn ranking(work: &Work, params: &Params, query: &Query, bytes: &[u8]) -> Result<Ranking, StageError> {
     let answers: Answers =
         serde_json::from_slice(bytes).map_err(|e| StageError::bug(format!("a row of `ranking`: {e}")))?;
-    let mut list = List { items: Vec::new(), scores: Vec::new(), query, top_n: params.top_n };
+    let mut list = List { items: Vec::new(), scores: Vec::new(), query, top_n: params.top_n() };
     let mut texts = None;
     match answers {
         Answers::Tids(found) => {

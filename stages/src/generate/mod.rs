@@ -75,8 +75,8 @@ pub struct Params {
     pub decoding: Decoding,
     /// Beams of each user.
     pub beams: usize,
-    /// Items in each user's list.
-    pub top_n: usize,
+    /// Items in each user's list, no more than `beams`. Left out, it is 20, or as many as there are beams.
+    pub top_n: Option<usize>,
     /// Among what a token's probability is taken. For `decoding: catalogue` and `exact`.
     pub normalize: Normalize,
     /// Which part of a text is scored.
@@ -107,7 +107,7 @@ impl Default for Params {
         Self {
             decoding: Decoding::Catalogue,
             beams: 20,
-            top_n: 20,
+            top_n: None,
             normalize: Normalize::Full,
             score: Score::Tid,
             length_penalty: None,
@@ -123,6 +123,10 @@ impl Default for Params {
 }
 
 impl Params {
+    fn top_n(&self) -> usize {
+        self.top_n.unwrap_or(self.beams.min(20))
+    }
+
     fn length_penalty(&self) -> f32 {
         self.length_penalty.unwrap_or(if self.decoding == Decoding::Free { 1.0 } else { 0.0 })
     }
@@ -157,12 +161,20 @@ impl Stage for Generate {
     }
 
     fn check(params: &Params) -> Vec<ParamIssue> {
-        let counts = [("beams", params.beams), ("top_n", params.top_n), ("max_new_tokens", params.max_new_tokens)];
+        let counts =
+            [("beams", params.beams), ("top_n", params.top_n.unwrap_or(1)), ("max_new_tokens", params.max_new_tokens)];
         let mut issues: Vec<ParamIssue> = counts
             .into_iter()
             .filter(|(_, count)| *count == 0)
             .map(|(name, _)| ParamIssue::new(name, "must be at least 1"))
             .collect();
+        if let Some(top_n) = params.top_n.filter(|top_n| *top_n > params.beams) {
+            let beams = params.beams;
+            issues.push(
+                ParamIssue::new("top_n", format!("{beams} beams find no {top_n} items"))
+                    .help(format!("raise `beams` to {top_n}, or lower `top_n`")),
+            );
+        }
         if params.splits.is_empty() {
             issues.push(ParamIssue::new("splits", "nothing to rank for").help("give `test`, `valid` or both"));
         }
@@ -207,23 +219,22 @@ impl Stage for Generate {
             let place = params.dtype.on(device.device);
             let load = || pool.install(|| Qwen3::load_on(&folder, place));
             let model = models.get(device.device, load)?;
-            Decoder::new(params, &work, model, device, smaller)
+            Decoder::new(params, &work, model, &folder, device, smaller)
         };
         let results = rows::run(cx, &job, make)?;
-        if results.known() > 0 {
-            cx.info(format!("{} of {} lists were known", results.known(), results.known() + results.computed()));
-        }
         let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
-        let mut short = 0;
+        let (mut short, mut empty) = (0, 0);
         for (query, result) in work.queries.iter().zip(results.iter()) {
             let bytes = result.map_err(|e| StageError::bug(format!("user `{}`: {e}", query.user)))?;
             let ranking = decode::ranking(&work, params, query, bytes)?;
-            short += usize::from(ranking.items.len() < params.top_n.min(work.tids.items()));
+            short += usize::from(ranking.items.len() < params.top_n().min(work.tids.items()));
+            empty += usize::from(ranking.items.is_empty());
             out.write(&ranking)?;
         }
         out.finish()?;
         if short > 0 {
-            cx.warn(format!("{short} of {} lists are shorter than {}", work.queries.len(), params.top_n));
+            let all = work.queries.len();
+            cx.warn(format!("{short} of {all} lists are shorter than {}, and {empty} are empty", params.top_n()));
         }
         Ok(())
     }
@@ -265,6 +276,13 @@ impl Work {
             self.tids.sequences().len(),
             self.queries.len()
         ));
+        let cut = self.queries.iter().filter(|query| query.dropped > 0).count();
+        if cut > 0 {
+            cx.info(format!("{cut} histories are longer than the model reads: their oldest items are left out"));
+        }
+        if self.tids.without_words > 0 {
+            cx.info(format!("{} items have no valid TID and are never recommended", self.tids.without_words));
+        }
         if self.asked_too_much {
             cx.warn("the model was trained with `normalize: allowed`; rankings with `normalize: full` will be poor");
         }

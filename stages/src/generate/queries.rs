@@ -3,7 +3,7 @@
 use crate::{
     Compat, StageError,
     artifact::{ChatTemplate, Holdout, Id2Meta, ItemId, SftFormat, Split, TidRecord, UserId},
-    lm::Layout,
+    lm::{HistoryPrompt, Layout},
     sft::rec_text::{self, Place, TID_LABEL},
 };
 
@@ -16,6 +16,8 @@ pub struct Query {
     pub target: ItemId,
     /// Tokens of the whole prompt.
     pub prompt: Vec<u32>,
+    /// How many of the oldest items the prompt has no room for.
+    pub dropped: usize,
     /// Items that must not be recommended.
     pub seen: Vec<ItemId>,
     /// TIDs that no other item has.
@@ -52,9 +54,9 @@ pub fn build(
                     })
                 })
                 .collect::<Result<_, _>>()?;
-            let prompt = match params.compat {
+            let HistoryPrompt { tokens: prompt, dropped } = match params.compat {
                 Compat::Fixed => layout.prompt(&records, params.compat, room)?,
-                Compat::Reference => reference_prompt(layout, &records)?,
+                Compat::Reference => HistoryPrompt { tokens: reference_prompt(layout, &records)?, dropped: 0 },
             };
             let seen: Vec<ItemId> =
                 if params.exclude_seen { history.into_iter().cloned().collect() } else { Vec::new() };
@@ -63,6 +65,7 @@ pub fn build(
                 split,
                 target: if split == Split::Test { user.test.clone() } else { user.valid.clone() },
                 prompt,
+                dropped,
                 left_out: tids.entries_of_only(&seen),
                 seen,
             });

@@ -1,20 +1,26 @@
 //! The hub over HTTP: what a repository's commit holds, and its files.
 
 use std::{
+    cell::RefCell,
     fs::{self, File, OpenOptions},
     io::{Read, Write},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::Deserialize;
 use ureq::{Agent, Body, http::Response};
 
-use crate::StageError;
+use crate::{
+    StageError,
+    endpoint::retry::{Delays, retry_after},
+};
 
-/// Tries of a file. Its description is asked for twice: what is known from earlier may do as well.
-const TRIES: u32 = 4;
-const TRIES_TO_DESCRIBE: u32 = 2;
+/// Tries of a file. Its description is asked for less often: what is known from earlier may do as well.
+const TRIES: u32 = 6;
+const TRIES_TO_DESCRIBE: u32 = 3;
+/// How often a wait looks whether it should end.
+const NAP: Duration = Duration::from_millis(50);
 /// Bytes of a description at most.
 const LONGEST_DESCRIPTION: u64 = 64 << 20;
 
@@ -22,7 +28,9 @@ pub struct Client {
     agent: Agent,
     endpoint: String,
     token: Option<String>,
-    first_pause: Duration,
+    delays: Delays,
+    /// The longest wait for a description, which holds up the planning of a run.
+    patience: Duration,
 }
 
 /// A commit and its files.
@@ -72,8 +80,15 @@ impl RemoteFile {
 
 /// Why one try failed.
 enum Trouble {
-    Passing(String),
+    /// It may pass, after this long if the hub says so.
+    Passing(String, Option<Duration>),
     Final(StageError),
+}
+
+impl Trouble {
+    fn passing(message: String) -> Self {
+        Self::Passing(message, None)
+    }
 }
 
 impl Client {
@@ -86,8 +101,9 @@ impl Client {
             .timeout_recv_response(Some(patience))
             .timeout_per_read(Some(patience))
             .build();
-        let first_pause = Duration::from_millis(500).min(patience / 20);
-        Self { agent: Agent::new_with_config(config), endpoint: endpoint.to_owned(), token, first_pause }
+        let mut delays = Delays::default();
+        delays.first = delays.first.min(patience / 20);
+        Self { agent: Agent::new_with_config(config), endpoint: endpoint.to_owned(), token, delays, patience }
     }
 
     /// What a revision stands for, and the files of that commit.
@@ -97,11 +113,14 @@ impl Client {
     pub fn describe(&self, repository: &str, revision: &str) -> Result<Description, StageError> {
         let address =
             format!("{}/api/models/{repository}/revision/{}?blobs=true", self.endpoint, revision.replace('/', "%2F"));
-        let description: Description = self.tried(TRIES_TO_DESCRIBE, repository, &address, |client| {
-            let response = client.get(&address, 0)?;
-            let status = response.status().as_u16();
-            if status != 200 {
-                return Err(client.refused(status, repository, revision));
+        let wait = |wait: Duration| {
+            std::thread::sleep(wait.min(self.patience));
+            Ok(())
+        };
+        let description: Description = self.tried(TRIES_TO_DESCRIBE, repository, &address, wait, || {
+            let response = self.get(&address, 0)?;
+            if response.status().as_u16() != 200 {
+                return Err(self.refused(&response, repository, revision));
             }
             let mut text = String::new();
             response
@@ -109,9 +128,9 @@ impl Client {
                 .into_reader()
                 .take(LONGEST_DESCRIPTION)
                 .read_to_string(&mut text)
-                .map_err(|e| Trouble::Passing(e.to_string()))?;
+                .map_err(|e| Trouble::passing(e.to_string()))?;
             serde_json::from_str(&text)
-                .map_err(|e| Trouble::Passing(format!("the answer is not a description of a model: {e}")))
+                .map_err(|e| Trouble::passing(format!("the answer is not a description of a model: {e}")))
         })?;
         let is_safe =
             |path: &str| !path.starts_with('/') && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
@@ -138,8 +157,19 @@ impl Client {
         progress: &mut dyn FnMut(u64) -> Result<(), StageError>,
     ) -> Result<(), StageError> {
         let address = format!("{}/{repository}/resolve/{commit}/{}", self.endpoint, file.path);
-        self.tried(TRIES, repository, &address, |client| {
-            let mut have = fs::metadata(target).map_or(0, |m| m.len());
+        let progress = RefCell::new(progress);
+        let there = || fs::metadata(target).map_or(0, |m| m.len());
+        let wait = |wait: Duration| {
+            let until = Instant::now() + wait;
+            while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                // Which may say that it is to stop.
+                progress.borrow_mut()(there().min(file.size))?;
+                std::thread::sleep(left.min(NAP));
+            }
+            Ok(())
+        };
+        self.tried(TRIES, repository, &address, wait, || {
+            let mut have = there();
             if have > file.size {
                 let _ = fs::remove_file(target);
                 have = 0;
@@ -147,11 +177,11 @@ impl Client {
             if have == file.size && have > 0 {
                 return Ok(());
             }
-            let response = client.get(&address, have)?;
+            let response = self.get(&address, have)?;
             match response.status().as_u16() {
                 206 if have > 0 => {}
                 200 => have = 0,
-                status => return Err(client.refused(status, repository, commit)),
+                _ => return Err(self.refused(&response, repository, commit)),
             }
             let own = |action, e| Trouble::Final(StageError::io(action, target, e));
             let mut out = if have > 0 { OpenOptions::new().append(true).open(target) } else { File::create(target) }
@@ -160,16 +190,16 @@ impl Client {
             let mut buffer = vec![0; 256 << 10];
             loop {
                 let count =
-                    body.read(&mut buffer).map_err(|e| Trouble::Passing(format!("broke off at byte {have}: {e}")))?;
+                    body.read(&mut buffer).map_err(|e| Trouble::passing(format!("broke off at byte {have}: {e}")))?;
                 if count == 0 {
                     break;
                 }
                 out.write_all(&buffer[..count]).map_err(|e| own("write", e))?;
                 have += count as u64;
-                progress(have.min(file.size)).map_err(Trouble::Final)?;
+                progress.borrow_mut()(have.min(file.size)).map_err(Trouble::Final)?;
             }
             if have < file.size {
-                return Err(Trouble::Passing(format!("broke off at byte {have} of {}", file.size)));
+                return Err(Trouble::passing(format!("broke off at byte {have} of {}", file.size)));
             }
             out.sync_all().map_err(|e| own("write", e))
         })
@@ -183,15 +213,18 @@ impl Client {
         if from > 0 {
             request = request.header("Range", format!("bytes={from}-"));
         }
-        request.call().map_err(|e| Trouble::Passing(e.to_string()))
+        request.call().map_err(|e| Trouble::passing(e.to_string()))
     }
 
-    fn refused(&self, status: u16, repository: &str, revision: &str) -> Trouble {
+    fn refused(&self, response: &Response<Body>, repository: &str, revision: &str) -> Trouble {
+        let status = response.status().as_u16();
         let help = match (status, &self.token) {
             (401 | 403, None) => "it may not exist, or ask for a token: set HF_TOKEN",
             (401 | 403, Some(_)) => "the token of HF_TOKEN may not read it; ask for access on the model's page",
             (404, _) => "check the spelling of the repository and of its revision",
-            (408 | 429 | 500..=599, _) => return Trouble::Passing(format!("the hub answered {status}")),
+            (408 | 429 | 500..=599, _) => {
+                return Trouble::Passing(format!("the hub answered {status}"), asked_wait(response));
+            }
             _ => "is HF_ENDPOINT a hub?",
         };
         let message = format!("{} has no `{repository}` at `{revision}` for us (status {status})", self.endpoint);
@@ -203,17 +236,20 @@ impl Client {
         tries: u32,
         repository: &str,
         address: &str,
-        mut attempt: impl FnMut(&Self) -> Result<T, Trouble>,
+        wait: impl Fn(Duration) -> Result<(), StageError>,
+        mut attempt: impl FnMut() -> Result<T, Trouble>,
     ) -> Result<T, StageError> {
         let mut last = String::new();
         for round in 0..tries {
-            if round > 0 {
-                std::thread::sleep(self.first_pause * 2u32.pow(round - 1));
-            }
-            match attempt(self) {
+            match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Trouble::Final(error)) => return Err(error),
-                Err(Trouble::Passing(message)) => last = message,
+                Err(Trouble::Passing(message, asked)) => {
+                    last = message;
+                    if round + 1 < tries {
+                        wait(asked.unwrap_or_else(|| self.delays.after(round)))?;
+                    }
+                }
             }
         }
         Err(StageError::Network {
@@ -221,4 +257,12 @@ impl Client {
             help: Some(format!("without network, put `{repository}` on this machine and give its folder")),
         })
     }
+}
+
+/// How long the hub asks us to wait: `Retry-After`, or what is left of its window, `RateLimit: "api";r=0;t=55`.
+fn asked_wait(response: &Response<Body>) -> Option<Duration> {
+    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let window =
+        || header("ratelimit").and_then(|text| text.split(';').find_map(|part| part.trim().strip_prefix("t=")));
+    retry_after(header("retry-after").or_else(window), SystemTime::now())
 }

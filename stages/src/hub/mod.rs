@@ -10,6 +10,9 @@
 //!
 //! A name of a branch is *resolved* to a commit when a run is planned; the commit enters the action key, and the worker
 //! takes that very commit. Files are checked against the digests that the hub states.
+//!
+//! Another program may have put a commit into the cache, and only those of its files that it needed. Where the hub
+//! cannot be asked for the others, what is there is a folder like any other: its files tell it apart, not the commit.
 
 use std::{
     env, fs,
@@ -85,6 +88,9 @@ pub enum PinnedModel {
     /// Nothing could be learned about it when the run was planned.
     Unknown {
         message: String,
+        help: Option<String>,
+        /// It is a mistake: trying again cannot help.
+        wrong: bool,
     },
 }
 
@@ -132,13 +138,24 @@ impl Hub {
     /// There is no such repository or revision, it asks for a token, or nothing is known about it and the hub cannot
     /// be reached.
     pub fn resolve(&self, repository: &str, revision: &str) -> Result<String, StageError> {
+        self.resolve_or_recall(repository, revision).map(|(commit, _)| commit)
+    }
+
+    /// Whether it may be asked.
+    pub fn is_on(&self) -> bool {
+        self.client.is_some()
+    }
+
+    /// [`Hub::resolve`], and whether the hub was reached.
+    fn resolve_or_recall(&self, repository: &str, revision: &str) -> Result<(String, bool), StageError> {
         if is_commit(revision) {
-            return Ok(revision.to_owned());
+            return Ok((revision.to_owned(), false));
         }
         let folder = cache::Repository::new(&self.cache, repository);
         let known = folder.known_commit(revision);
         let Some(client) = &self.client else {
-            return known.ok_or_else(|| not_kept(repository, revision, &self.cache));
+            let commit = known.ok_or_else(|| not_kept(repository, revision, &self.cache))?;
+            return Ok((commit, false));
         };
         match client.describe(repository, revision) {
             Ok(description) => {
@@ -146,12 +163,12 @@ impl Hub {
                 if let Err(error) = folder.remember_commit(revision, &description.commit) {
                     tracing::warn!(repository, revision, %error, "the commit is not remembered");
                 }
-                Ok(description.commit)
+                Ok((description.commit, true))
             }
             Err(error @ StageError::Network { .. }) => match known {
                 Some(commit) => {
                     tracing::warn!(repository, revision, %commit, %error, "the hub cannot be reached; taking the commit known");
-                    Ok(commit)
+                    Ok((commit, false))
                 }
                 None => Err(error),
             },
@@ -175,17 +192,8 @@ impl Hub {
         if folder.is_complete(commit) {
             return Ok(snapshot);
         }
-        let Some(client) = &self.client else {
-            // Another program may have put it there; whether it is whole shows when it is loaded.
-            if snapshot.join("config.json").exists() {
-                return Ok(snapshot);
-            }
-            return Err(not_kept(repository, commit, &self.cache));
-        };
-        let description = match client.describe(repository, commit) {
-            Err(StageError::Network { .. }) if snapshot.join("config.json").exists() => return Ok(snapshot),
-            other => other?,
-        };
+        let client = self.client.as_ref().ok_or_else(|| not_kept(repository, commit, &self.cache))?;
+        let description = client.describe(repository, commit)?;
         let files: Vec<&client::RemoteFile> = description.files.iter().filter(|f| is_wanted(&f.path)).collect();
         if !files.iter().any(|f| f.path.ends_with(".safetensors")) {
             return Err(StageError::params(format!("`{repository}` has no weights in safetensors files"))
@@ -216,10 +224,25 @@ impl Hub {
             }
             ModelName::Folder(folder) => Ok(PinnedModel::Folder(folder.clone())),
             ModelName::Hub { repository, revision } => {
-                let commit = self.resolve(repository, revision)?;
+                let (commit, reached) = self.resolve_or_recall(repository, revision)?;
+                if !reached && let Some(folder) = self.kept_by_others(repository, &commit) {
+                    tracing::info!(repository, %commit, "another program put it there: it is known by its files");
+                    return Ok(PinnedModel::Folder(folder));
+                }
                 Ok(PinnedModel::Hub { repository: repository.clone(), commit })
             }
         }
+    }
+
+    /// The folder of a commit that another program fetched, in part perhaps, when the hub cannot be asked for the rest.
+    fn kept_by_others(&self, repository: &str, commit: &str) -> Option<PathBuf> {
+        let folder = cache::Repository::new(&self.cache, repository);
+        let snapshot = folder.snapshot(commit);
+        if folder.is_complete(commit) || !snapshot.join("config.json").exists() {
+            return None;
+        }
+        let answer = self.client.as_ref().map(|client| client.describe(repository, commit));
+        matches!(answer, None | Some(Err(StageError::Network { .. }))).then_some(snapshot)
     }
 
     /// The folder of a pinned model, fetched where needed.
@@ -234,12 +257,26 @@ impl Hub {
         match model {
             PinnedModel::Folder(folder) => Ok(folder.clone()),
             PinnedModel::Hub { repository, commit } => self.fetch(repository, commit, progress),
-            PinnedModel::Unknown { message } => Err(StageError::Network {
-                message: message.clone(),
-                help: Some("without network, put the model on this machine and give its folder".into()),
-            }),
+            PinnedModel::Unknown { message, help, wrong: true } => {
+                Err(StageError::Params { message: message.clone(), help: help.clone() })
+            }
+            PinnedModel::Unknown { message, help, wrong: false } => {
+                Err(StageError::Network { message: message.clone(), help: help.clone() })
+            }
         }
     }
+}
+
+/// What a folder in the hub's cache lacks, if it is not known whether its repository has such a file: another program
+/// fetched the folder, and did not look for it.
+pub fn is_unknown_whether_there(folder: &Path, file: &str) -> bool {
+    let Some((commit, root)) = folder.file_name().zip(folder.parent().and_then(Path::parent)) else { return false };
+    let is_snapshot = folder.parent().is_some_and(|parent| parent.ends_with("snapshots"));
+    is_snapshot
+        && !folder.join(file).exists()
+        && !root.join(".grlm").join(commit).exists()
+        // Where `huggingface_hub` notes what it asked for in vain.
+        && !root.join(".no_exist").join(commit).join(file).exists()
 }
 
 fn is_commit(revision: &str) -> bool {

@@ -18,6 +18,8 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// What the next request for a path gets, instead of the answer.
 enum Trick {
     Status(u16),
+    /// Status 429 with this header.
+    Limited(&'static str),
     BreakAfter(usize),
     Garbage,
 }
@@ -98,8 +100,10 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")).and_then(|name| state.files.get(name).cloned())
     };
     drop(state);
+    let limit = if let Some(Trick::Limited(header)) = trick { format!("{header}\r\n") } else { String::new() };
     let (status, body) = match (trick, body) {
         (Some(Trick::Status(status)), _) => (status, Vec::new()),
+        (Some(Trick::Limited(_)), _) => (429, Vec::new()),
         _ if wrong_token => (401, Vec::new()),
         (Some(Trick::Garbage), Some(body)) => (200, vec![b'x'; body.len()]),
         (Some(Trick::BreakAfter(count)), Some(body)) => {
@@ -111,7 +115,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         (_, Some(body)) => (200, body),
         (_, None) => (404, Vec::new()),
     };
-    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{limit}Connection: close\r\n\r\n", body.len());
     stream.write_all(&[head.as_bytes(), &body].concat())
 }
 
@@ -209,6 +213,58 @@ fn a_broken_download_goes_on_where_it_stopped() {
     let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
     assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
     assert!(server.asked().iter().any(|a| a.contains("model.safetensors from ")));
+}
+
+#[test]
+fn a_hub_that_limits_requests_gets_the_pause_that_it_asks_for() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    server.trick("revision", Trick::Limited("Retry-After: 0.4"));
+    for header in ["Retry-After: 0.4", "Retry-After: 0.2", "RateLimit: \"resolvers\";r=0;t=1", "Retry-After: 0", "X: y"]
+    {
+        server.trick("model.safetensors", Trick::Limited(header));
+    }
+    let start = std::time::Instant::now();
+    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+    assert!(start.elapsed() >= Duration::from_secs(2), "{:?}", start.elapsed());
+    server.trick("model.safetensors", Trick::Limited("Retry-After: 600"));
+    let (hub, mut calls) = (hub_with(&server.address, tempfile::tempdir().unwrap().path(), &[]), 0);
+    let stopped = hub.fetch("org/tiny", COMMIT, &mut |_, _| {
+        calls += 1;
+        if calls > 6 { Err(StageError::Stopped) } else { Ok(()) }
+    });
+    assert!(matches!(stopped, Err(StageError::Stopped)), "a stop ends the pause");
+}
+
+/// As `AutoModel.from_pretrained` leaves it: without what it does not need.
+#[test]
+fn what_another_program_fetched_in_part_is_no_commit() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let repository = home.path().join("hub/models--org--tiny");
+    let snapshot = repository.join("snapshots").join(COMMIT);
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(repository.join("refs")).unwrap();
+    fs::write(repository.join("refs/main"), COMMIT).unwrap();
+    fs::write(snapshot.join("config.json"), "{}").unwrap();
+    let commit = PinnedModel::Hub { repository: "org/tiny".into(), commit: COMMIT.into() };
+    let offline = hub_with(&server.address, home.path(), &[("TRANSFORMERS_OFFLINE", "1")]);
+    let unreachable = hub_with("http://127.0.0.1:1", home.path(), &[]);
+    for name in ["org/tiny".to_owned(), format!("org/tiny@{COMMIT}")] {
+        let name = ModelName::parse(&name).unwrap();
+        for hub in [&offline, &unreachable] {
+            assert_eq!(hub.pin(&name).unwrap(), PinnedModel::Folder(snapshot.clone()));
+            assert!(hub.open(&commit, &mut |_, _| Ok(())).is_err(), "under the commit's name it will not do");
+        }
+        assert_eq!(hub_with(&server.address, home.path(), &[]).pin(&name).unwrap(), commit);
+    }
+    let lacks = |file| is_unknown_whether_there(&snapshot, file);
+    assert!(lacks("modules.json") && !lacks("config.json") && !is_unknown_whether_there(home.path(), "modules.json"));
+    fs::create_dir_all(repository.join(".no_exist").join(COMMIT)).unwrap();
+    fs::write(repository.join(".no_exist").join(COMMIT).join("modules.json"), "").unwrap();
+    assert!(!lacks("modules.json") && lacks("1_Pooling/config.json"));
+    fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    assert!(!lacks("generation_config.json"), "the hub was asked");
+    assert_eq!(offline.pin(&ModelName::parse("org/tiny").unwrap()).unwrap(), commit);
 }
 
 #[test]

@@ -8,5 +8,5 @@ mod layout;
 pub mod prefixes;
 mod samples;
 
-pub use layout::{Laid, Layout, Settings};
+pub use layout::{HistoryPrompt, Laid, Layout, Settings};
 pub use samples::{Sample, Shape, items};

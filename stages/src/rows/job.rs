@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Device, StageError, StopFlag};
+use crate::{Device, StageError, StopFlag, machine};
 
 use super::RowKey;
 
@@ -38,6 +38,8 @@ pub struct RowJob {
     pub unit: String,
     /// A key for each row. Equal keys are computed once.
     pub keys: Vec<RowKey>,
+    /// What a user knows each row by; without it, rows are counted from 1.
+    pub names: Option<Vec<String>>,
     /// Rows that a device gets at a time, at most.
     pub batch: usize,
     /// The stage fails when more rows than this do.
@@ -45,12 +47,24 @@ pub struct RowJob {
     /// How much work each row is, in any unit (tokens of the prompt). Rows are then handed out from the dearest on:
     /// pieces are of like rows, memory runs out early if at all, and the last pieces are short.
     pub costs: Option<Vec<u64>>,
+    /// Pieces under way at once where the work is done elsewhere, by a server: each on a thread of its own, whatever
+    /// the devices, and none waits for another.
+    pub requests: Option<usize>,
 }
 
 impl RowJob {
     /// A job with pieces of at most 32 rows, of which none may fail.
     pub fn new(namespace: impl Into<String>, unit: impl Into<String>, keys: Vec<RowKey>) -> Self {
-        Self { namespace: namespace.into(), unit: unit.into(), keys, batch: 32, max_failed_rows: 0, costs: None }
+        Self {
+            namespace: namespace.into(),
+            unit: unit.into(),
+            keys,
+            names: None,
+            batch: 32,
+            max_failed_rows: 0,
+            costs: None,
+            requests: None,
+        }
     }
 
     pub fn batch(mut self, rows: usize) -> Self {
@@ -61,6 +75,26 @@ impl RowJob {
     pub fn max_failed_rows(mut self, rows: usize) -> Self {
         self.max_failed_rows = rows;
         self
+    }
+
+    pub fn requests(mut self, at_once: usize) -> Self {
+        self.requests = Some(at_once.max(1));
+        self
+    }
+
+    /// One name for each key.
+    pub fn names(mut self, names: Vec<String>) -> Self {
+        self.names = Some(names);
+        self
+    }
+
+    /// A row as a message names it.
+    pub(super) fn name(&self, row: usize) -> String {
+        let unit = &self.unit;
+        match &self.names {
+            Some(names) => format!("{unit} `{}`", names[row]),
+            None => format!("{unit} {}", row + 1),
+        }
     }
 
     /// One cost for each key.
@@ -77,6 +111,8 @@ pub struct RowDevice {
     /// Counted from 0.
     pub number: usize,
     pub device: Device,
+    /// How many devices the job is spread over; they share the machine's memory.
+    pub of: usize,
     /// Cores that this device's function may use.
     pub threads: usize,
     /// Set when the attempt should end. Between pieces the framework looks at it; a function that takes long for one
@@ -100,6 +136,11 @@ impl Notes {
 }
 
 impl RowDevice {
+    /// Bytes of the machine's free memory that fall to this device, where that can be found out.
+    pub fn free_memory(&self) -> Option<u64> {
+        Some(machine::available_memory()? / self.of.max(1) as u64)
+    }
+
     /// A rayon pool of this device's cores.
     ///
     /// # Errors

@@ -9,6 +9,8 @@
 //!   weights are loaded;
 //! * hands the missing rows out in small pieces, so that a slow device does not hold the others up, and appends each
 //!   piece's results before that device gets its next: a kill costs at most one piece a device;
+//! * where a server does the work ([`RowJob::requests`]), has so many pieces under way at all times: a slow answer
+//!   holds no other up, and a kill costs what was under way;
 //! * on [`StageError::OutOfMemory`] asks the function to free what it can, halves that device's piece and tries
 //!   again; on [`StageError::DeviceLost`] gives the device's rows to the others;
 //! * leaves alone what another process computes at this moment, and takes its results over;
@@ -22,8 +24,8 @@
 //! changes what it computes. Not the row's place, id, batch or device, nor parameters that only matter afterwards
 //! (`top_k` of a similarity search over embeddings).
 //!
-//! A result must depend on its key alone: the same bytes whatever else is in the piece, and whichever device of one
-//! class computed it.
+//! A result must depend on its key alone: whatever else is in the piece, and whichever device of one class computed it.
+//! On CPUs that means the same bytes; the libraries of GPUs round otherwise for another number of rows.
 //!
 //! # Example
 //!

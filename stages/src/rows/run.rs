@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_millis(50);
 const REVISIT: Duration = Duration::from_millis(50);
 /// Frames of deep recursion must fit; pages are only taken when touched.
 const STACK: usize = 64 << 20;
+/// A thread that only waits for a server needs less, and there may be thousands.
+const STACK_OF_REQUESTS: usize = 2 << 20;
 /// Failed rows that an error names.
 const SHOWN: usize = 5;
 
@@ -92,18 +94,26 @@ impl<'a> Run<'a> {
             open.sort_by_key(|&n| std::cmp::Reverse(costs[self.first[n as usize]]));
         }
         let missing = open.len();
-        let devices: Vec<RowDevice> = cx.row_devices().into_iter().take(missing.max(1)).collect();
+        let mut devices = match self.job.requests {
+            Some(at_once) => cx.row_requests(at_once),
+            None => cx.row_devices(),
+        };
+        devices.truncate(missing.max(1));
         let batch = (self.job.batch.max(1) >> cx.out_of_memory_before().min(31)).max(1);
         let mut share = Share::new(self.results, self.weight, VecDeque::from(open), self.job.max_failed_rows);
         cx.progress(share.done_rows, total, &self.job.unit);
-        if missing == 0 {
-            return share.into_rows(self.of_row);
-        }
-        cx.check_stop()?;
         if share.known > 0 {
             cx.info(format!("{} of {total} {}s are known", share.done_rows, self.job.unit));
         }
+        if missing == 0 {
+            cx.metric("rows.known", share.known as f64, None);
+            cx.metric("rows.computed", 0.0, None);
+            return share.into_rows(self.of_row);
+        }
+        cx.check_stop()?;
         share.running = devices.len();
+        let threads = devices.len();
+        let stack = if self.job.requests.is_some() { STACK_OF_REQUESTS } else { STACK };
         let notes: Vec<Notes> = devices.iter().map(|device| device.notes.clone()).collect();
         let workshop = Workshop {
             job: self.job,
@@ -120,7 +130,7 @@ impl<'a> Run<'a> {
                 let number = device.number;
                 let started = std::thread::Builder::new()
                     .name(format!("{} rows {number}", self.job.unit))
-                    .stack_size(STACK)
+                    .stack_size(stack)
                     .spawn_scoped(scope, move || workshop.device(&device, make));
                 if let Err(error) = started {
                     let place = format!("device {number}");
@@ -137,7 +147,9 @@ impl<'a> Run<'a> {
             cx.warn(format!("{error}; its rows went to the other devices"));
         }
         if let Some(seconds) = share.seconds_per_row() {
-            cx.metric("rows.seconds_per_row", seconds, None);
+            // A server's rows overlap: what a plan makes of it is the time until all are there.
+            let at_once = if self.job.requests.is_some() { threads } else { 1 };
+            cx.metric("rows.seconds_per_row", seconds / at_once as f64, None);
         }
         cx.metric("rows.known", share.known as f64, None);
         cx.metric("rows.computed", share.computed as f64, None);
@@ -368,13 +380,20 @@ fn judge(cx: &mut StageContext, job: &RowJob, rows: Rows) -> Result<Rows, StageE
     if failed == 0 {
         return Ok(rows);
     }
-    let (total, unit) = (rows.len(), &job.unit);
-    let mut text = format!("{failed} of {total} {unit}s failed");
-    for (row, failure) in rows.failures().take(SHOWN) {
-        text.push_str(&format!("; {unit} {}: {failure}", row + 1));
-    }
-    if failed > SHOWN {
-        text.push_str("; …");
+    let mut text = format!("{failed} of {} {}s failed", rows.len(), job.unit);
+    let reason = rows.failures().next().map(|(_, failure)| &failure.message);
+    let is_of_all =
+        |reason: &&String| failed > SHOWN && rows.failures().all(|(_, failure)| failure.message == **reason);
+    match reason.filter(is_of_all) {
+        Some(reason) => text.push_str(&format!(", all of them with: {reason}")),
+        None => {
+            for (row, failure) in rows.failures().take(SHOWN) {
+                text.push_str(&format!("; {}: {failure}", job.name(row)));
+            }
+            if failed > SHOWN {
+                text.push_str("; …");
+            }
+        }
     }
     if failed <= job.max_failed_rows {
         cx.warn(text);

@@ -76,9 +76,16 @@ fn results_stand_in_row_order_whatever_the_devices_and_a_known_row_is_not_comput
         assert!(made.load(Ordering::Relaxed) <= devices.max(1));
         seen.push(bytes(&rows).concat());
 
+        let (mut cx, events) = context(devices, &memo);
         let again = run(&mut cx, &job, |_| -> Result<Unneeded, _> { panic!("everything is known") });
         let again = again.unwrap();
         assert_eq!((again.known(), again.computed()), (100, 0));
+        let told = |event: &WorkerEvent| match event {
+            WorkerEvent::Log { message, .. } => message == "100 of 100 rows are known",
+            WorkerEvent::Metric { name, value, .. } => name == "rows.known" && *value == 100.0,
+            _ => false,
+        };
+        assert_eq!(events.lock().unwrap().iter().filter(|event| told(event)).count(), 2);
         assert_eq!(bytes(&again).concat(), seen[0]);
     }
     assert!(seen.iter().all(|bytes| *bytes == seen[0]));
@@ -108,12 +115,28 @@ fn equal_keys_are_computed_once_and_a_changed_row_costs_one() {
 }
 
 #[test]
+fn a_reason_that_all_failures_share_is_told_once() {
+    let texts = texts(9);
+    let (mut cx, _) = context(1, &MemoryMemo::default());
+    let job = RowJob::new(SPACE, "item", keys(&texts)).max_failed_rows(9);
+    let make = |device| {
+        Ok(Of(device, |_: &RowDevice, rows: &[usize]| {
+            Ok(rows.iter().map(|_| Err(RowFailure::new("the template is broken"))).collect())
+        }))
+    };
+    assert_eq!(run(&mut cx, &job, make).unwrap().failures().count(), 9);
+    let error = run(&mut cx, &job.max_failed_rows(8), make).unwrap_err();
+    assert_eq!(error.to_string(), "9 of 9 items failed, all of them with: the template is broken");
+}
+
+#[test]
 fn failed_rows_are_kept_apart_counted_and_tried_again_alone() {
     let memo = MemoryMemo::default();
     let texts = texts(20);
     let attempt = |bad: &[usize], most: usize| {
         let (mut cx, _) = context(2, &memo);
-        let job = RowJob::new(SPACE, "item", keys(&texts)).batch(3).max_failed_rows(most);
+        let names = (0..20).map(|n| format!("B{n}")).collect();
+        let job = RowJob::new(SPACE, "item", keys(&texts)).names(names).batch(3).max_failed_rows(most);
         let make = |device| {
             Ok(Of(device, |_: &RowDevice, rows: &[usize]| {
                 let refuse = |row: &usize| bad.contains(row).then(|| Err(RowFailure::new("no answer")));
@@ -124,7 +147,10 @@ fn failed_rows_are_kept_apart_counted_and_tried_again_alone() {
     };
     let error = attempt(&[4, 9], 1).unwrap_err();
     assert_eq!(error.failure(), Failure::FailedRows);
-    assert!(error.to_string().starts_with("2 of 20 items failed; item 5: no answer; item 10: no answer"), "{error}");
+    assert!(
+        error.to_string().starts_with("2 of 20 items failed; item `B4`: no answer; item `B9`: no answer"),
+        "{error}"
+    );
     assert_eq!(memo.len(SPACE), 18);
     assert_eq!(memo.failure(SPACE, &keys(&texts)[4]), Some(RowFailure::new("no answer")));
     let rows = attempt(&[9], 1).unwrap();
@@ -368,4 +394,33 @@ fn a_function_that_returns_other_rows_than_it_was_asked_for_is_found_out() {
         let error = run(&mut cx, &job, |_| Ok(Wrong(wrong.clone()))).unwrap_err();
         assert!(error.to_string().contains("something else than results of its rows"), "{error}");
     }
+}
+
+/// One that does not come holds up none of the others, and every one is kept as soon as it is there.
+#[test]
+fn requests_are_under_way_at_all_times_and_no_more_than_allowed() {
+    let (memo, texts) = (MemoryMemo::default(), texts(40));
+    let (under_way, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let kept_while_the_first_waits = AtomicUsize::new(0);
+    let (mut cx, _) = context(1, &memo);
+    let job = RowJob::new(SPACE, "row", keys(&texts)).batch(1).requests(4);
+    let make = |device| {
+        let compute = |_: &RowDevice, rows: &[usize]| {
+            most.fetch_max(under_way.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let start = std::time::Instant::now();
+            while rows == [0] && memo.len(SPACE) < 39 && start.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if rows == [0] {
+                kept_while_the_first_waits.store(memo.len(SPACE), Ordering::SeqCst);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            under_way.fetch_sub(1, Ordering::SeqCst);
+            Ok(shout(&texts, rows))
+        };
+        Ok(Of(device, compute))
+    };
+    assert_eq!(run(&mut cx, &job, make).unwrap().computed(), 40);
+    assert_eq!(kept_while_the_first_waits.into_inner(), 39);
+    assert_eq!(most.into_inner(), 4);
 }

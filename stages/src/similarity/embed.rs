@@ -1,18 +1,21 @@
 //! Embedding the texts of a catalogue: one row an item, by a model folder on this machine or by a server that speaks
 //! OpenAI's `/v1/embeddings`.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use grlm_nn::encoder::{self, Encoder};
 use serde_json::{Map, Value, json};
 
-use super::{EmbeddingModel, Pooling};
+use super::{EmbeddingModel, MAX_TOKENS, Pooling};
 use crate::{
     StageContext, StageError,
     compute::{CPU, PerDevice},
-    endpoint::{CallError, Endpoint, gather},
-    machine,
-    rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
+    endpoint::{CallError, Endpoint},
+    hub, machine,
+    rows::{self, RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
 const NAMESPACE: &str = "embedding";
@@ -32,24 +35,24 @@ pub const PLACE: &str = "encoder.model";
 /// computes ([`Dtype::key`](crate::compute::Dtype::key)).
 pub fn job(model: &EmbeddingModel, identity: &str, device: &str, texts: &[String]) -> RowJob {
     let recipe = RowRecipe::new(NAMESPACE, ROW_VERSION);
-    let (recipe, piece) = match &model.endpoint {
+    let recipe = match &model.endpoint {
         // Not the address: the same model elsewhere is the same.
-        Some(_) => (
-            recipe
-                .text("served", &model.model)
-                .text("revision", model.revision.as_deref().unwrap_or_default())
-                .json("extra", &Value::Object(model.extra_body.clone())),
-            PER_REQUEST * model.concurrency,
-        ),
+        Some(_) => recipe
+            .text("served", &model.model)
+            .text("revision", model.revision.as_deref().unwrap_or_default())
+            .json("extra", &Value::Object(model.extra_body.clone())),
         None => {
             let settings = json!({"pooling": model.pooling, "max_tokens": model.max_tokens, "device": device});
-            let piece = if device == CPU { PIECE } else { PIECE_ON_GPU };
-            (recipe.text("model", identity).json("settings", &settings), piece)
+            recipe.text("model", identity).json("settings", &settings)
         }
     };
     let keys = texts.iter().map(|text| recipe.row().text("text", text).key()).collect();
     let costs = texts.iter().map(|text| text.len() as u64).collect();
-    RowJob::new(NAMESPACE, "item", keys).batch(piece).costs(costs)
+    let job = RowJob::new(NAMESPACE, "item", keys).costs(costs);
+    match &model.endpoint {
+        Some(_) => job.batch(PER_REQUEST).requests(model.concurrency),
+        None => job.batch(if device == CPU { PIECE } else { PIECE_ON_GPU }),
+    }
 }
 
 /// Unit vectors of texts.
@@ -75,11 +78,14 @@ pub fn embed(
         Some(_) => (PathBuf::new(), String::new()),
         None => (cx.model(PLACE, &model.name())?, cx.model_identity(PLACE, &model.name())?),
     };
+    if model.endpoint.is_none() {
+        check_pooling(model, &folder)?;
+    }
     let job = job(model, &identity, model.dtype.key(cx), texts).max_failed_rows(max_failed_rows);
     let rows = match &model.endpoint {
         Some(address) => {
-            let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag())?;
-            let make = |_: RowDevice| Ok(Served { endpoint: &endpoint, model, texts, end: None });
+            let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag());
+            let make = |_: RowDevice| Ok(Served { endpoint: &endpoint, model, texts });
             let rows = rows::run(cx, &job, make);
             if let Some(report) = endpoint.report() {
                 cx.info(report);
@@ -88,12 +94,13 @@ pub fn embed(
         }
         None => {
             let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());
+            let max_tokens = model.max_tokens.unwrap_or_else(|| max_tokens_of(&folder)) as usize;
             let encoders = PerDevice::new(cx);
             let make = |device: RowDevice| {
                 let pool = device.pool()?;
                 let encoder = encoders.get(device.device, || {
                     let (pooling, place) = (model.pooling.map(Into::into), model.dtype.on(device.device));
-                    let load = || Encoder::load_on(&folder, pooling, model.max_tokens as usize, place);
+                    let load = || Encoder::load_on(&folder, pooling, max_tokens, place);
                     let encoder = pool.install(load)?;
                     if encoder.is_on_device() {
                         return Ok::<_, StageError>(encoder);
@@ -107,10 +114,11 @@ pub fn embed(
         }
     };
     let mut all = Embedded { texts: Vec::with_capacity(texts.len()), vectors: Vec::new(), width: 0 };
+    let mut zeros = 0;
     for (text, row) in rows.iter().enumerate() {
         let Ok(bytes) = row else { continue };
         let (values, rest) = bytes.as_chunks::<4>();
-        if all.texts.is_empty() {
+        if all.width == 0 {
             all.width = values.len();
         }
         if values.len() != all.width || !rest.is_empty() {
@@ -118,10 +126,37 @@ pub fn embed(
             return Err(StageError::params(format!("the encoder gave vectors of {width} and of {other} numbers"))
                 .help("a server may have changed its model; say which it is by `revision`"));
         }
+        if values.iter().all(|bytes| f32::from_le_bytes(*bytes) == 0.0) {
+            zeros += 1;
+            continue;
+        }
         all.texts.push(text);
         all.vectors.extend(values.iter().map(|bytes| f32::from_le_bytes(*bytes)));
     }
+    if zeros > 0 {
+        cx.warn(format!("the encoder's vectors of {zeros} texts are zero, and near to nothing"));
+    }
     Ok(all)
+}
+
+/// Where texts are cut when nothing is said: where sentence-transformers cuts them, but at 512 tokens at the latest.
+fn max_tokens_of(folder: &Path) -> u32 {
+    let text = fs::read(folder.join("sentence_bert_config.json")).unwrap_or_default();
+    let settings: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let longest = settings["max_seq_length"].as_u64().and_then(|longest| u32::try_from(longest).ok());
+    longest.map_or(MAX_TOKENS, |longest| longest.clamp(1, MAX_TOKENS))
+}
+
+/// Another program may have left the files out of the hub's cache that say how a model pools: the usual pooling would then
+/// be taken for the model's own.
+fn check_pooling(model: &EmbeddingModel, folder: &Path) -> Result<(), StageError> {
+    let unknown = |file| hub::is_unknown_whether_there(folder, file);
+    if model.pooling.is_some() || !unknown("1_Pooling/config.json") || !unknown("modules.json") {
+        return Ok(());
+    }
+    let message =
+        format!("`{}` is in the hub's cache in part, and what is there does not say how it pools", model.name());
+    Err(StageError::params(message).help("give `pooling`, or let the hub be asked once for the rest"))
 }
 
 /// Tokens that each of `threads` threads takes together: fewer where half of the free memory does not hold their
@@ -160,50 +195,49 @@ struct Served<'a> {
     endpoint: &'a Endpoint,
     model: &'a EmbeddingModel,
     texts: &'a [String],
-    /// Why nothing can be asked any more; told once everything that was answered is kept.
-    end: Option<StageError>,
 }
 
 impl RowFunction for Served<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
-        let requests: Vec<&[usize]> = rows.chunks(PER_REQUEST).collect();
-        let answers = self.endpoint.each(&requests, |rows| self.ask(rows));
-        let gathered = gather(answers.into_iter().flatten().collect());
-        self.end = gathered.end;
-        Ok(rows.iter().copied().zip(gathered.results).collect())
-    }
-
-    fn end(&mut self) -> Option<StageError> {
-        self.end.take()
+        match self.endpoint.post("embeddings", self.body(rows), |answer| vectors(answer, rows.len())) {
+            Ok(vectors) => Ok(rows.iter().zip(&vectors).map(|(row, vector)| (*row, Ok(bytes(vector)))).collect()),
+            // One text may be to blame: too long, or one over which the server stumbles.
+            Err(CallError::Refused(_) | CallError::NoAnswer { answered: true, .. }) if rows.len() > 1 => {
+                self.each_alone(rows)
+            }
+            Err(error) => {
+                let failure = error.of_one()?;
+                Ok(rows.iter().map(|row| (*row, Err(failure.clone()))).collect())
+            }
+        }
     }
 }
 
 impl Served<'_> {
-    /// The answer for each of `rows`. Where a request of several is refused, each is asked for alone.
-    fn ask(&self, rows: &[usize]) -> Vec<Result<Vec<u8>, CallError>> {
+    /// Asks once for each text. Where nothing can be asked any more, what was answered until then.
+    fn each_alone(&self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+        let mut done = Vec::with_capacity(rows.len());
+        for row in rows {
+            let answer = self.endpoint.post_once("embeddings", self.body(&[*row]), |answer| vectors(answer, 1));
+            let result = match answer.map_err(CallError::of_one) {
+                Ok(vectors) => Ok(bytes(&vectors.concat())),
+                Err(Ok(failure)) => Err(failure),
+                // It will be told when the others are asked for.
+                Err(Err(_)) if !done.is_empty() => break,
+                Err(Err(end)) => return Err(end),
+            };
+            done.push((*row, result));
+        }
+        Ok(done)
+    }
+
+    fn body(&self, rows: &[usize]) -> Map<String, Value> {
         let texts: Vec<&str> = rows.iter().map(|row| self.texts[*row].as_str()).collect();
-        let body = Map::from_iter([
+        Map::from_iter([
             ("model".to_owned(), json!(self.model.model)),
             ("input".to_owned(), json!(texts)),
             ("encoding_format".to_owned(), json!("float")),
-        ]);
-        match self.endpoint.post("embeddings", body, |answer| vectors(answer, texts.len())) {
-            Ok(vectors) => vectors.iter().map(|vector| Ok(bytes(vector))).collect(),
-            Err(CallError::Refused(_)) if rows.len() > 1 => {
-                rows.iter().flat_map(|row| self.ask(std::slice::from_ref(row))).collect()
-            }
-            Err(CallError::Refused(failure)) => vec![Err(CallError::Refused(failure))],
-            Err(CallError::NoAnswer(failure)) => {
-                let each = |_: &usize| Err(CallError::NoAnswer(RowFailure::new(failure.message.clone())));
-                rows.iter().map(each).collect()
-            }
-            Err(CallError::All(error)) => {
-                let message = error.to_string();
-                let mut all = vec![Err(CallError::All(error))];
-                all.extend(rows[1..].iter().map(|_| Err(CallError::NoAnswer(RowFailure::new(message.clone())))));
-                all
-            }
-        }
+        ])
     }
 }
 
@@ -249,6 +283,16 @@ mod tests {
         assert_eq!(tokens_at_once(|_| 0, 2, 2), encoder::TOKENS_AT_ONCE / 4);
         if machine::available_memory().is_some() {
             assert_eq!(tokens_at_once(|_| usize::MAX, 1, 0), 1);
+        }
+    }
+
+    #[test]
+    fn texts_are_cut_where_the_model_was_trained_to() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(max_tokens_of(folder.path()), 512);
+        for (says, wanted) in [(r#"{"max_seq_length": 256}"#, 256), (r#"{"max_seq_length": 32768}"#, 512), ("{", 512)] {
+            fs::write(folder.path().join("sentence_bert_config.json"), says).unwrap();
+            assert_eq!(max_tokens_of(folder.path()), wanted);
         }
     }
 }

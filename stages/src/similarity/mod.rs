@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{
-    Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
+    Artifact, Compat, Device, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
     artifact::{Item, Neighbor, Neighbors, items, jsonl, neighbors},
     compute::Dtype,
     endpoint,
@@ -29,6 +29,11 @@ pub mod text;
 pub mod tfidf;
 
 use tfidf::Tfidf;
+
+/// Where texts are cut, unless something else is said.
+const MAX_TOKENS: u32 = 512;
+/// Few texts have longer tokens: what is cut off by it, a model that cuts by tokens would not have seen.
+const CHARACTERS_PER_TOKEN: usize = 8;
 
 pub struct Similarity;
 
@@ -47,9 +52,11 @@ pub struct EmbeddingModel {
     /// How token vectors become one: as the model was trained, unless given; `reference` takes the mean.
     #[serde(default)]
     pub pooling: Option<Pooling>,
-    /// Texts are cut to this many tokens, special ones included. A server has its own limit.
-    #[serde(default = "max_tokens")]
-    pub max_tokens: u32,
+    /// Texts are cut to this many tokens, special ones included: 512 unless given, or fewer where the model's
+    /// `sentence_bert_config.json` says so. With `endpoint`, whose tokens are not known here, to eight times as many
+    /// characters; a server that refuses long texts has to be told to cut them, by `extra_body`.
+    #[serde(default)]
+    pub max_tokens: Option<u32>,
     /// What every text begins with, such as E5's `query: `.
     #[serde(default)]
     pub prefix: String,
@@ -93,8 +100,15 @@ impl EmbeddingModel {
         if self.model.trim().is_empty() {
             issues.push(ParamIssue::new("encoder.model", "the model has no name"));
         }
-        if self.max_tokens == 0 {
+        if self.max_tokens == Some(0) {
             issues.push(ParamIssue::new("encoder.max_tokens", "must be at least 1"));
+        }
+        if self.endpoint.is_some() {
+            let theirs = [("pooling", self.pooling.is_some()), ("dtype", self.dtype != Dtype::default())];
+            for (name, _) in theirs.into_iter().filter(|(_, given)| *given) {
+                let message = "is the server's to say: it has no meaning beside `endpoint`";
+                issues.push(ParamIssue::new(format!("encoder.{name}"), message));
+            }
         }
         issues.extend(self.endpoint_settings().check("encoder", self.endpoint.as_deref()));
         if self.endpoint.is_none() && issues.is_empty() {
@@ -103,18 +117,27 @@ impl EmbeddingModel {
         issues
     }
 
+    /// What the model is given of an item's text.
+    fn given(&self, text: &str) -> String {
+        let mut text = self.prefix.clone() + text;
+        let most = self.max_tokens.unwrap_or(MAX_TOKENS) as usize * CHARACTERS_PER_TOKEN;
+        if self.endpoint.is_some()
+            && let Some((end, _)) = text.char_indices().nth(most)
+        {
+            text.truncate(end);
+        }
+        text
+    }
+
     /// With what `reference` means where nothing is said.
     fn in_compat(&self, compat: Compat) -> Self {
         let mut model = self.clone();
-        if compat.is_reference() {
+        if compat.is_reference() && model.endpoint.is_none() {
             model.pooling.get_or_insert(Pooling::Mean);
+            model.max_tokens.get_or_insert(MAX_TOKENS);
         }
         model
     }
-}
-
-fn max_tokens() -> u32 {
-    512
 }
 
 /// How the vectors of a text's tokens become one.
@@ -176,6 +199,13 @@ impl Stage for Similarity {
         match &params.encoder {
             Method::Model(model) if model.endpoint.is_none() => [(embed::PLACE.to_owned(), model.name())].into(),
             _ => BTreeMap::new(),
+        }
+    }
+
+    fn secrets(params: &Params) -> BTreeMap<String, String> {
+        match &params.encoder {
+            Method::Model(model) => endpoint::secret("encoder", model.api_key_env.as_deref()),
+            Method::BuiltIn(_) => BTreeMap::new(),
         }
     }
 
@@ -245,7 +275,7 @@ impl Stage for Similarity {
 fn texts(items: &[Item], model: &EmbeddingModel, compat: Compat) -> (Vec<String>, Vec<usize>) {
     let texts = items.iter().enumerate().filter_map(|(place, item)| {
         let text = text::item_text(item, compat);
-        (compat.is_reference() || !text.is_empty()).then(|| (model.prefix.clone() + &text, place))
+        (compat.is_reference() || !text.is_empty()).then(|| (model.given(&text), place))
     });
     texts.unzip()
 }
@@ -260,7 +290,8 @@ fn by_model(
 ) -> Result<Vec<Vec<(u32, f32)>>, StageError> {
     let (texts, places) = texts(items, model, params.compat);
     let embedded = embed::embed(cx, &model.in_compat(params.compat), &texts, params.max_failed_rows)?;
-    let near = threads::pool(cx)?.install(|| nearest::top_k(&embedded.vectors, embedded.width, wanted));
+    let place = Dtype::F32.on(cx.devices().first().copied().unwrap_or(Device::Cpu));
+    let near = threads::pool(cx)?.install(|| nearest::top_k_on(place, &embedded.vectors, embedded.width, wanted))?;
     let place = |row: usize| places[embedded.texts[row]];
     let mut found = vec![Vec::new(); items.len()];
     for (row, near) in near.into_iter().enumerate() {
@@ -368,6 +399,21 @@ mod tests {
         assert_eq!(named.get("encoder.model").map(String::as_str), Some("Qwen/Qwen3-Embedding-8B@v1"));
     }
 
+    /// A BGE pools by its first token, and `AutoModel.from_pretrained` fetches no file that says so.
+    #[test]
+    fn a_model_that_was_fetched_without_its_pooling_is_refused() {
+        let cache = tempfile::tempdir().unwrap();
+        let snapshot = cache.path().join("models--org--bge/snapshots/0123456789abcdef0123456789abcdef01234567");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+            std::fs::copy(format!("{}/{file}", tiny("bert")), snapshot.join(file)).unwrap();
+        }
+        let mut with = json!({"encoder": {"model": snapshot}, "top_k": 2});
+        refuses(run("similarity", with.clone(), &[("items", ITEMS)]), &["how it pools", "`pooling`"]);
+        with["encoder"]["pooling"] = json!("cls");
+        run("similarity", with, &[("items", ITEMS)]).unwrap();
+    }
+
     /// A vector that says how many letters `e` and `l` a text has.
     fn letters(text: &str) -> Value {
         let count = |letter| text.matches(letter).count() as f64;
@@ -384,10 +430,11 @@ mod tests {
         json!({"object": "list", "data": data})
     }
 
+    /// 70 different titles, each a vector of its own: one that is lost, swapped or asked for twice shows.
     #[test]
     fn a_server_embeds_whatever_it_does_in_between() {
         let items: String = (0..70)
-            .map(|i| format!("{}\n", json!({"id": i.to_string(), "title": "el".repeat(i % 9 + 1) + " soap"})))
+            .map(|i| format!("{}\n", json!({"id": i.to_string(), "title": "e".repeat(i + 1) + &"l".repeat(70 - i)})))
             .collect();
         let server = Server::start(|request| match request.number {
             0 => Reply::Status(429, "retry-after: 0.05", json!({})),
@@ -401,41 +448,115 @@ mod tests {
             }
             5 => Reply::Hang,
             6 => Reply::Json(json!({"data": [{"index": 0, "embedding": ["x"]}]})),
+            7 | 8 => Reply::Slow(std::time::Duration::from_millis(200), embeddings(request)),
             _ => Reply::Json(embeddings(request)),
         });
-        let with = |url: &str| json!({"encoder": {"endpoint": url, "model": "m", "timeout": 0.5, "retries": 7, "concurrency": 2}, "top_k": 3});
+        let with = |url: &str| json!({"encoder": {"endpoint": url, "model": "m", "timeout": 1.0, "retries": 7, "concurrency": 2}, "top_k": 2});
         let memo = MemoryMemo::default();
         let bench = Bench::new().input("items", &items).memo(&memo);
         let ran = bench.run("similarity", with(&server.url())).unwrap();
-        assert_eq!(memo.len("embedding"), 9, "nine different texts");
-        let lines = ran.lines("neighbors");
-        assert_eq!(lines.len(), 70);
-        assert_eq!(ids(&lines[0]["neighbors"], "id"), ["9", "18", "27"]);
-        assert_eq!(lines[0]["neighbors"][0]["score"], 1.0);
+        assert_eq!((memo.len("embedding"), memo.appended()), (70, 70));
+        for (i, line) in ran.lines("neighbors").iter().enumerate() {
+            let near: Vec<usize> = ids(&line["neighbors"], "id").iter().map(|id| id.parse().unwrap()).collect();
+            assert!(near.iter().all(|&other| other.abs_diff(i) <= 2 && other != i), "{i}: {near:?}");
+        }
         let report = ran.logs().into_iter().find(|line| line.contains("tried again")).unwrap().to_owned();
-        assert!(report.contains("2 × another answer than was asked for"), "{report}");
-        assert_eq!(server.seen().last().unwrap().path, "/v1/embeddings");
+        assert!(report.contains("7 tried again") && report.contains("2 × another answer"), "{report}");
+        let seen = server.seen();
+        let mut asked: Vec<&str> = seen.iter().flat_map(|request| texts_of(request)).collect();
+        let requests = seen.len() - 7;
+        assert!((5..=12).contains(&requests), "{requests}");
+        // Those of the seven failures were asked for again, and nothing else twice.
+        let failed: usize = seen[..7].iter().map(|request| texts_of(request).len()).sum();
+        assert_eq!(asked.len(), 70 + failed);
+        asked.sort_unstable();
+        asked.dedup();
+        assert_eq!(asked.len(), 70);
+        assert_eq!(seen[0].path, "/v1/embeddings");
+        // Everything is known: neither the server nor its key is needed.
         drop(server);
-        let again = bench.run("similarity", with("http://127.0.0.1:9/v1")).unwrap();
-        assert_eq!(again.text("neighbors"), ran.text("neighbors"));
+        let mut with = with("http://127.0.0.1:9/v1");
+        with["encoder"]["api_key_env"] = json!("GRLM_TEST_NO_SUCH_KEY");
+        assert_eq!(bench.run("similarity", with).unwrap().text("neighbors"), ran.text("neighbors"));
     }
 
+    /// The first answer comes when all others have come and are kept.
     #[test]
-    fn one_text_that_a_server_refuses_leaves_the_others() {
-        let server = Server::start(|request| {
-            let texts = request.body["input"].as_array().unwrap();
-            match texts.iter().any(|text| text == "Title: blue gel") {
-                true => Reply::Status(400, "", json!({"error": {"message": "too blue"}})),
+    fn a_slow_answer_holds_up_no_other() {
+        let memo = MemoryMemo::default();
+        let kept = memo.clone();
+        let server = Server::start(move |request| {
+            let others = 100 - texts_of(request).len();
+            let start = std::time::Instant::now();
+            while request.number == 0 && kept.len("embedding") < others && start.elapsed().as_secs() < 10 {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            match request.number == 0 && kept.len("embedding") < others {
+                true => Reply::Status(401, "", json!("the others wait")),
                 false => Reply::Json(embeddings(request)),
             }
         });
-        let mut with = json!({"encoder": {"endpoint": server.url(), "model": "m"}, "top_k": 3});
-        let error = run("similarity", with.clone(), &[("items", ITEMS)]).unwrap_err();
-        assert!(error.to_string().contains("1 of 4 items failed") && error.to_string().contains("too blue"), "{error}");
-        with["max_failed_rows"] = json!(1);
+        let items: String = (0..100).map(|i| format!("{}\n", json!({"id": i, "title": format!("el {i}")}))).collect();
+        let with = json!({"encoder": {"endpoint": server.url(), "model": "m", "concurrency": 2}, "top_k": 1});
+        Bench::new().input("items", &items).memo(&memo).run("similarity", with).unwrap();
+        assert_eq!((memo.len("embedding"), memo.appended()), (100, 100));
+    }
+
+    fn texts_of(request: &Request) -> Vec<&str> {
+        request.body["input"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect()
+    }
+
+    /// Whatever the server says: that it is too long, or that something went wrong inside.
+    #[test]
+    fn one_text_over_which_a_server_stumbles_leaves_the_others() {
+        for status in [400, 500] {
+            let server = Server::start(move |request| match texts_of(request).contains(&"Title: blue gel") {
+                true => Reply::Status(status, "", json!({"error": {"message": "too blue"}})),
+                false => Reply::Json(embeddings(request)),
+            });
+            let mut with = json!({
+                "encoder": {"endpoint": server.url(), "model": "m", "retries": 1, "concurrency": 1}, "top_k": 3,
+            });
+            let error = run("similarity", with.clone(), &[("items", ITEMS)]).unwrap_err();
+            let said = error.to_string();
+            assert!(said.contains("1 of 4 items failed") && said.contains("too blue"), "{said}");
+            // The four together, again where that may help, and each alone once.
+            assert_eq!(server.seen().len(), if status == 400 { 1 + 4 } else { 2 + 4 });
+            with["max_failed_rows"] = json!(1);
+            let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
+            let counts = |l: &Value| l["neighbors"].as_array().unwrap().len();
+            assert_eq!(ran.lines("neighbors").iter().map(counts).collect::<Vec<_>>(), [2, 2, 0, 2, 0]);
+        }
+    }
+
+    #[test]
+    fn a_vector_of_zeros_is_near_to_nothing() {
+        let server = Server::start(|request| {
+            let mut answer = embeddings(request);
+            for one in answer["data"].as_array_mut().unwrap() {
+                if texts_of(request)[one["index"].as_u64().unwrap() as usize] == "Title: blue gel" {
+                    one["embedding"] = json!([0.0, 0.0, 0.0]);
+                }
+            }
+            Reply::Json(answer)
+        });
+        let with = json!({"encoder": {"endpoint": server.url(), "model": "m"}, "top_k": 3});
         let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
         let counts = |l: &Value| l["neighbors"].as_array().unwrap().len();
         assert_eq!(ran.lines("neighbors").iter().map(counts).collect::<Vec<_>>(), [2, 2, 0, 2, 0]);
+        assert!(ran.logs().iter().any(|line| line.contains("vectors of 1 texts are zero")), "{:?}", ran.logs());
+    }
+
+    #[test]
+    fn a_server_is_not_sent_more_of_a_text_than_its_model_may_see() {
+        let server = Server::start(|request| Reply::Json(embeddings(request)));
+        let items =
+            format!("{}\n{}\n", json!({"id": "a", "title": "é".repeat(100)}), json!({"id": "b", "title": "el"}));
+        let with = json!({"encoder": {"endpoint": server.url(), "model": "m", "max_tokens": 4}, "top_k": 1});
+        run("similarity", with, &[("items", &items)]).unwrap();
+        let mut seen: Vec<String> = server.seen().iter().flat_map(texts_of).map(str::to_owned).collect();
+        seen.sort();
+        assert_eq!(seen, ["Title: el".to_owned(), format!("Title: {}", "é".repeat(25))]);
     }
 
     #[test]
@@ -451,6 +572,9 @@ mod tests {
             (json!({"encoder": {"model": "/no/such/folder"}}), "encoder.model"),
             (json!({"encoder": {"model": "m", "max_tokens": 0}}), "encoder.max_tokens"),
             (json!({"encoder": {"model": "m", "endpoint": "h:80"}}), "encoder.endpoint"),
+            (json!({"encoder": {"model": "m", "endpoint": "http://h/v1", "pooling": "cls"}}), "encoder.pooling"),
+            (json!({"encoder": {"model": "m", "endpoint": "http://h/v1", "dtype": "f16"}}), "encoder.dtype"),
+            (json!({"encoder": {"model": tiny("bert"), "concurrency": 4}}), "encoder.concurrency"),
         ] {
             assert_eq!(stage.resolve_params(&with).unwrap_err()[0].path, path);
         }

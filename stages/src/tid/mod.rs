@@ -49,7 +49,8 @@ pub struct Params {
     /// Neighbours of an item that are shown to a model and compared in the statistics; 0 leaves the context out.
     pub neighbors: usize,
     /// Changes the last words of items that would share a TID: `keywords` as far as their texts hold other words, a
-    /// model by asking it for another word. Not in `compat: reference`, when a model is asked.
+    /// model by asking it for another word (`extractor.collision_rounds`). Not in `compat: reference`, when a model is
+    /// asked.
     pub resolve_collisions: bool,
     /// How many items may be left without words because the model had no answer for them.
     pub max_failed_rows: usize,
@@ -104,6 +105,13 @@ impl Stage for Tid {
         match &params.extractor {
             Method::Model(model) if model.endpoint.is_none() => [(language::PLACE.to_owned(), model.name())].into(),
             _ => BTreeMap::new(),
+        }
+    }
+
+    fn secrets(params: &Params) -> BTreeMap<String, String> {
+        match &params.extractor {
+            Method::Model(model) => crate::endpoint::secret("extractor", model.api_key_env.as_deref()),
+            Method::BuiltIn(_) => BTreeMap::new(),
         }
     }
 
@@ -254,23 +262,25 @@ fn by_model(
     let (found, spent) = given.catalogue(params, |catalogue| {
         let (mut found, mut spent) = language::extract(cx, &mut asker, catalogue)?;
         if params.resolve_collisions && !params.compat.is_reference() {
-            let (taken, rounds) = (given.given_tids(), model.max_attempts);
+            let (taken, rounds) = (given.given_tids(), model.collision_rounds);
             let left = language::distinguish(cx, &mut asker, catalogue, &mut found, taken, &mut spent, rounds)?;
             if left > 0 {
-                cx.info(format!("{left} items share their TID with another: the model had no other word for them"));
+                let why = "the model had no other word for them, or no answer";
+                cx.info(format!("{left} items share their TID with another: {why}"));
             }
         }
         Ok::<_, StageError>((found, spent))
     })?;
-    let seconds = start.elapsed().as_secs_f64();
+    let (seconds, now) = (start.elapsed().as_secs_f64(), asker.tally());
+    let known = (spent.answers + spent.asked_again).saturating_sub(now.answers);
     cx.info(format!(
-        "{} answers ({} asked again), {} prompt and {} answer tokens, {seconds:.1} s",
-        spent.answers, spent.asked_again, spent.prompt_tokens, spent.answer_tokens
+        "{} questions asked in {seconds:.1} s, {} prompt and {} answer tokens; {known} answers were known",
+        now.answers, now.prompt_tokens, now.answer_tokens
     ));
-    // Not in the statistics: they are the same whenever and wherever the same answers come from.
+    // Of this run alone, and so not in the statistics: they are the same whenever the same answers come.
     cx.metric("seconds", seconds, None);
-    cx.metric("prompt_tokens", spent.prompt_tokens as f64, None);
-    cx.metric("answer_tokens", spent.answer_tokens as f64, None);
+    cx.metric("prompt_tokens", now.prompt_tokens as f64, None);
+    cx.metric("answer_tokens", now.answer_tokens as f64, None);
     Ok((found, spent))
 }
 
@@ -333,11 +343,12 @@ fn write(
     let by_id: FxHashMap<&ItemId, &[Neighbor]> =
         given.near.iter().map(|(id, near)| (id, &near[..near.len().min(params.neighbors)])).collect();
     let mut report = statistics::statistics(&entries, &by_id);
-    if let Some(rate) = report["conflict_analysis"]["conflict_rate"].as_f64() {
+    let summary = statistics::summary(&entries);
+    if let Some(rate) = summary["collision_rate"].as_f64() {
         cx.metric("collision_rate", rate, None);
     }
     if !compat.is_reference() {
-        report["summary"] = statistics::summary(&entries);
+        report["summary"] = summary;
         if let Some(spent) = spent {
             report["extraction"] = json!({
                 "answers": spent.answers,
@@ -395,6 +406,16 @@ mod tests {
     }
 
     #[test]
+    fn items_without_words_do_not_count_as_sharing_them() {
+        let items = format!("{ITEMS}{{\"id\":\"6\",\"title\":\"?\"}}\n");
+        let ran = run("tid", json!({}), &[("items", &items)]).unwrap();
+        let statistics = ran.json("statistics");
+        assert_eq!(statistics["conflict_analysis"]["total_conflicts"], 1, "as the published script counts");
+        assert_eq!(statistics["summary"]["collision_rate"], 0.0);
+        assert_eq!(ran.metric("collision_rate"), Some(0.0));
+    }
+
+    #[test]
     fn overrides_win_and_keep_their_words() {
         let overrides = r#"{"5": ["a", "b", "c", "d", "e"], "1": "tape, silver, big, strong, gorilla"}"#;
         let ran = run("tid", json!({}), &[("items", ITEMS), ("overrides", overrides)]).unwrap();
@@ -408,11 +429,12 @@ mod tests {
     #[test]
     fn bad_input_is_refused() {
         refuses(run("tid", json!({}), &[("items", ITEMS), ("neighbors", "{\"1\": [{")]), &["input-neighbors:1"]);
-        refuses(run("tid", json!({}), &[("items", ITEMS), ("prompts", "{}")]), &["prompts"]);
+        refuses(run("tid", json!({}), &[("items", ITEMS), ("prompts", r#"{"tid": ""}"#)]), &["prompts", "tid"]);
         refuses(run("tid", json!({}), &[("items", &ITEMS[..90])]), &["input-items:2"]);
-        let with = json!({"extractor": {"model": "m", "max_attempts": 0}, "neighbors": 5000});
+        let with = json!({"extractor": {"model": "m", "max_attempts": 0, "collision_rounds": 0}, "neighbors": 5000});
         let issues = crate::kind("tid").unwrap().resolve_params(&with).unwrap_err();
-        assert_eq!(issues.into_iter().map(|i| i.path).collect::<Vec<_>>(), ["extractor.max_attempts", "neighbors"]);
+        let paths: Vec<String> = issues.into_iter().map(|i| i.path).collect();
+        assert_eq!(paths, ["extractor.max_attempts", "extractor.collision_rounds", "neighbors"]);
     }
 
     #[test]

@@ -1,19 +1,34 @@
 //! From a model's answer to the words of a TID.
 //!
 //! `reference` gives what the published script takes from an answer: up to five words, blanks included, padded with
-//! blanks; nothing for an empty answer. `fixed` differs: blank words are left out and not made up, list numbers,
-//! quotes of any kind and a leading label are taken away, words of several parts are hyphenated, and an answer
-//! without five words is an [`Unusable`] one, to be asked for again or reported.
+//! blanks; nothing for an empty answer. `fixed` differs: blank words are left out and not made up, list numbers and
+//! quotes of any kind are taken away, words of several parts are hyphenated, and an answer without five different
+//! words is an [`Unusable`] one, to be asked for again or reported. Prose is no answer: reasoning is passed over, and
+//! without a bracket only a list counts.
 
 use crate::artifact::{TID_LENGTH, text::is_python_space};
 
 /// Why an answer holds no TID.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{} of {TID_LENGTH} words in the answer", words.len())]
-pub struct Unusable {
-    /// What could be read.
-    pub words: Vec<String>,
+pub enum Unusable {
+    /// The words that could be read.
+    #[error("{} of {TID_LENGTH} words in the answer", .0.len())]
+    TooFew(Vec<String>),
+    #[error("`{word}` twice in the answer")]
+    Repeated { word: String, words: Vec<String> },
 }
+
+impl Unusable {
+    /// What could be read.
+    pub fn into_words(self) -> Vec<String> {
+        match self {
+            Self::TooFew(words) | Self::Repeated { words, .. } => words,
+        }
+    }
+}
+
+/// A part of a list without brackets has at most this many words; prose has more.
+const LONGEST_PART: usize = 3;
 
 /// Quotes and brackets that the published script takes away at both ends of a word.
 const REFERENCE_MARKS: [char; 5] = ['"', '\'', '\\', '[', ']'];
@@ -43,28 +58,53 @@ pub fn reference_output(answer: &str) -> &str {
     answer.trim_matches('\n')
 }
 
-/// Five words, none blank, without white space, commas or brackets.
+/// Five different words, none blank, without white space, commas or brackets. What stands last in an answer that was
+/// `cut` off before its bracket closed may be half a word, and is left out.
 ///
 /// # Errors
-/// Fewer than five words could be read.
-pub fn fixed(answer: &str) -> Result<[String; TID_LENGTH], Unusable> {
-    let inside = first_brackets(answer).unwrap_or(answer);
-    let inside = inside.trim();
-    // "Words: a, b, …" and the like: a label is a first line or word that ends in a colon.
-    let inside = match inside.split_once(':') {
-        Some((label, rest)) if !label.contains([',', '\n']) && !rest.trim().is_empty() => rest,
-        _ => inside,
-    };
-    let listed = inside.lines().filter(|l| !l.trim().is_empty()).count() >= TID_LENGTH;
-    let parts: Vec<&str> = if inside.contains([',', ';']) {
-        inside.split([',', ';', '\n']).collect()
-    } else if listed {
-        inside.lines().collect()
-    } else {
-        inside.split_whitespace().collect()
-    };
+/// Fewer than five words could be read, or one of them twice.
+pub fn fixed(answer: &str, cut: bool) -> Result<[String; TID_LENGTH], Unusable> {
+    let said = without_thoughts(answer);
+    let closed = first_brackets(said);
+    // Servers leave out the `]` at which an answer ends.
+    let opened = closed.or_else(|| said.rsplit_once('[').map(|(_, inside)| inside));
+    let mut parts = opened.map_or_else(|| listed(said), bracketed);
+    if cut && closed.is_none() {
+        parts.pop();
+    }
     let words: Vec<String> = parts.into_iter().map(clean).filter(|w| !w.is_empty()).take(TID_LENGTH).collect();
-    <[String; TID_LENGTH]>::try_from(words).map_err(|words| Unusable { words })
+    let repeated = words.iter().enumerate().find(|(i, word)| words[..*i].contains(word));
+    if let Some((_, word)) = repeated {
+        return Err(Unusable::Repeated { word: word.clone(), words });
+    }
+    <[String; TID_LENGTH]>::try_from(words).map_err(Unusable::TooFew)
+}
+
+/// An answer without the reasoning that some models put before it; nothing of reasoning without an end.
+pub fn without_thoughts(answer: &str) -> &str {
+    let said = answer.rsplit_once("</think>").map_or(answer, |(_, said)| said);
+    said.split_once("<think>").map_or(said, |(before, _)| before).trim()
+}
+
+const SEPARATORS: [char; 3] = [',', ';', '\n'];
+
+/// The parts of what stands in brackets; between white space only where these are five, as in `[a b c d e]`.
+fn bracketed(inside: &str) -> Vec<&str> {
+    let inside = inside.trim();
+    let spaced: Vec<&str> = inside.split_whitespace().collect();
+    if spaced.len() == TID_LENGTH && !inside.contains(SEPARATORS) { spaced } else { inside.split(SEPARATORS).collect() }
+}
+
+/// The parts of a list without brackets, after a label such as `Words:`; none of prose.
+fn listed(said: &str) -> Vec<&str> {
+    let list = said.split(']').next().unwrap_or_default();
+    let list = match list.split_once(':') {
+        Some((label, rest)) if !label.contains(SEPARATORS) && rest.starts_with(char::is_whitespace) => rest.trim(),
+        _ => list,
+    };
+    let words = |part: &str| part.split_whitespace().filter(|word| word.contains(char::is_alphabetic)).count();
+    let parts: Vec<&str> = list.split(SEPARATORS).collect();
+    if parts.iter().any(|part| words(part) > LONGEST_PART) { Vec::new() } else { parts }
 }
 
 /// A word without marks around it and without the number of a list, in lower case, parts joined by hyphens.
@@ -148,20 +188,66 @@ mod tests {
             "**[a, b\nc, d, e]**",
             "[a, b, c, d, e",
         ] {
-            assert_eq!(fixed(answer).unwrap().join(" "), "a b c d e", "{answer:?}");
+            assert_eq!(fixed(answer, false).unwrap().join(" "), "a b c d e", "{answer:?}");
         }
         assert_eq!(
-            fixed("[Hair Mask, color-lock, citrus oil, 3-in-1, 20%]").unwrap().join(" "),
+            fixed("[Hair Mask, color-lock, citrus oil, 3-in-1, 20%]", false).unwrap().join(" "),
             "hair-mask color-lock citrus-oil 3-in-1 20%"
         );
     }
 
     #[test]
     fn too_few_words_are_not_padded() {
-        assert_eq!(fixed("[a, b, c]").unwrap_err().words, ["a", "b", "c"]);
+        assert_eq!(fixed("[a, b, c]", false).unwrap_err().into_words(), ["a", "b", "c"]);
         for answer in ["", "[]", "[,,,,]", "…", "word"] {
-            assert!(fixed(answer).is_err(), "{answer:?}");
+            assert!(fixed(answer, false).is_err(), "{answer:?}");
         }
+    }
+
+    #[test]
+    fn prose_and_reasoning_are_no_words() {
+        for answer in [
+            "I am sorry but I cannot name this product",
+            "I am sorry, but I cannot name this product, as it is, well, unclear, to me",
+            "[I am sorry but I cannot name this product",
+            "Sure! Here are five words, as asked, for this product: soap, bar, mild, olive, green",
+            "<think>\nOkay, let me see. The user wants five words, in brackets, so, soap, bar",
+            "<think>[soap, bar, mild, olive, green]",
+            "<think>a</think> [soap, <think>[bar, mild, olive, green, b]",
+        ] {
+            assert!(matches!(fixed(answer, false), Err(Unusable::TooFew(_))), "{answer:?}: {:?}", fixed(answer, false));
+        }
+        for answer in [
+            "Sure! Here is the TID for this product, as asked: [soap, bar, mild, olive, green",
+            "<think>[x, y]</think>\n\n[soap, bar, mild, olive, green]",
+            "Here are the five words for this product: soap, bar, mild, olive, green",
+        ] {
+            assert_eq!(fixed(answer, false).unwrap().join(" "), "soap bar mild olive green", "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn colons_inside_brackets_belong_to_words() {
+        assert_eq!(fixed("[soap 1:2, bar, mild, olive, green]", false).unwrap()[0], "soap-1:2");
+        assert_eq!(fixed("[1:64, diecast, car, red, toy", false).unwrap()[0], "1:64");
+    }
+
+    #[test]
+    fn the_last_word_of_a_cut_answer_does_not_count() {
+        for answer in
+            ["[steel, bolt, fastener, zinc, pl", "steel, bolt, fastener, zinc, pl", "[steel bolt fastener zinc pl"]
+        {
+            assert_eq!(fixed(answer, true).unwrap_err().into_words().len(), 4, "{answer:?}");
+        }
+        for answer in ["[a, b, c, d, e,", "[a, b, c, d, e, f", "[a, b, c, d, e] for"] {
+            assert_eq!(fixed(answer, true).unwrap().join(" "), "a b c d e", "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn no_word_counts_twice() {
+        let unusable = fixed("[Tape, duct, tape, silver, strong]", false).unwrap_err();
+        assert_eq!(unusable.to_string(), "`tape` twice in the answer");
     }
 
     proptest! {
@@ -169,7 +255,7 @@ mod tests {
         fn any_answer_is_read_without_panic(answer in ".{0,60}") {
             let words = reference(&answer);
             prop_assert!(words.is_empty() || words.len() == TID_LENGTH);
-            if let Ok(words) = fixed(&answer) {
+            if let Ok(words) = fixed(&answer, false) {
                 for word in words {
                     prop_assert!(!word.is_empty() && !word.contains(|c: char| c.is_whitespace() || "[],".contains(c)));
                 }

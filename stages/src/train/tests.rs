@@ -77,7 +77,7 @@ fn answers(folder: &std::path::Path, histories: &[&[usize]]) -> Vec<usize> {
         .iter()
         .map(|history| {
             let history: Vec<_> = history.iter().map(|&i| &records[i]).collect();
-            let prompt = layout.prompt(&history, Compat::Fixed, 40).unwrap();
+            let prompt = layout.prompt(&history, Compat::Fixed, 40).unwrap().tokens;
             let score = |item: usize| {
                 let tid = layout.tid(&records[item], Compat::Fixed).unwrap().unwrap();
                 let tokens: Vec<u32> = prompt.iter().chain(&tid).copied().collect();

@@ -130,7 +130,7 @@ fn held_out(
         if history.is_empty() {
             continue;
         }
-        let prompt = layout.prompt(&history, params.compat, tid.len())?;
+        let prompt = layout.prompt(&history, params.compat, tid.len())?.tokens;
         let mut tokens = prompt.clone();
         tokens.extend(tid);
         validation.samples.push(Tokens { tokens, learned_from: prompt.len() });

@@ -10,7 +10,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     Error,
-    generate::{Generator, greedy},
+    generate::{Generator, greedy, memory},
     qwen3::{Place, Qwen3},
 };
 
@@ -18,6 +18,8 @@ mod template;
 
 pub use template::{ChatTemplate, Message, Role};
 
+/// Conversations that a thread has in work, where there is memory for them; more bring no speed.
+const MOST_AT_ONCE: usize = 8;
 /// Shared beginnings shorter than this are not worth keeping apart.
 const SHORTEST_PREFIX: usize = 16;
 
@@ -37,6 +39,8 @@ pub struct Answering {
     pub max_new: usize,
     /// An answer also ends with the first token whose text holds this character.
     pub stop_at: Option<char>,
+    /// Memory on the CPU, in bytes, that conversations in work may take beside the weights.
+    pub memory: Option<usize>,
     /// Variables for the chat template, such as Qwen3's `enable_thinking`.
     pub template: Map<String, Value>,
 }
@@ -46,6 +50,8 @@ pub struct Answering {
 pub struct Answer {
     /// Without special tokens.
     pub text: String,
+    /// It was as long as it may be before it came to an end.
+    pub cut: bool,
     /// Tokens of the conversation.
     pub prompt_tokens: usize,
     /// Tokens generated, with the one that ended the answer.
@@ -77,8 +83,7 @@ impl ChatModel {
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(broken)?;
         let model = Qwen3::load_on(folder, place)?;
-        let mut ends = model.config().eos_tokens.clone();
-        ends.extend(generation_ends(folder)?);
+        let ends = model.config().text_ends(folder)?;
         Ok(Self { model, tokenizer, template, ends })
     }
 
@@ -121,7 +126,12 @@ impl ChatModel {
         }
         let shared = shared_beginning(&prompts);
         let rest: Vec<&[u32]> = prompts.iter().map(|p| &p[shared..]).collect();
-        let generator = Generator::new(&self.model, threads);
+        let mut generator = Generator::new(&self.model, threads);
+        if let Some(bytes) = how.memory.filter(|_| !self.model.is_on_device()) {
+            let longest = rest.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
+            let most = memory::prompts_within(self.model.config(), bytes / threads.max(1), longest, how.max_new);
+            generator = generator.with_batch(most.min(MOST_AT_ONCE));
+        }
         let generator = match prompts.first() {
             Some(first) => generator.with_prefix(&first[..shared])?,
             None => return Ok(Vec::new()),
@@ -135,7 +145,7 @@ impl ChatModel {
             .map(|(tokens, prompt)| {
                 let text = self.tokenizer.decode(tokens, true);
                 let text = text.map_err(|e| Error::argument(format!("the tokenizer cannot write an answer: {e}")))?;
-                Ok(Answer { text, prompt_tokens: prompt.len(), answer_tokens: tokens.len() })
+                Ok(Answer { text, cut: !ended(tokens), prompt_tokens: prompt.len(), answer_tokens: tokens.len() })
             })
             .collect()
     }
@@ -168,23 +178,6 @@ pub fn shared_beginning(prompts: &[Vec<u32>]) -> usize {
     if others.is_empty() || shared < SHORTEST_PREFIX { 0 } else { shared }
 }
 
-/// The end tokens of `generation_config.json`, which is what transformers and vLLM go by.
-fn generation_ends(folder: &Path) -> Result<Vec<u32>, Error> {
-    let path = folder.join("generation_config.json");
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("read", &path, e)),
-    };
-    let value: Value = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::model(&path, format!("not valid JSON: {e}")).help("copy the file again"))?;
-    let ids = match &value["eos_token_id"] {
-        Value::Array(ids) => ids.iter().filter_map(Value::as_u64).collect(),
-        one => one.as_u64().into_iter().collect::<Vec<u64>>(),
-    };
-    Ok(ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,16 +193,15 @@ mod tests {
     }
 
     #[test]
-    fn end_tokens_of_generation() {
-        let folder = tempfile::tempdir().unwrap();
-        let ends = |text: &str| {
-            fs::write(folder.path().join("generation_config.json"), text).unwrap();
-            generation_ends(folder.path())
-        };
-        assert_eq!(ends(r#"{"eos_token_id": [5, 6]}"#).unwrap(), [5, 6]);
-        assert_eq!(ends(r#"{"eos_token_id": 5}"#).unwrap(), [5]);
-        assert!(ends("{}").unwrap().is_empty());
-        assert!(ends("{").is_err());
-        assert!(generation_ends(Path::new("/nonexistent")).unwrap().is_empty());
+    fn an_answer_that_does_not_end_is_cut() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/qwen3");
+        let mut chat = ChatModel::load(&folder).unwrap();
+        let how = Answering { max_new: 4, ..Answering::default() };
+        chat.ends = Vec::new();
+        let cut = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0);
+        assert!(cut.cut && cut.answer_tokens == 4, "{cut:?}");
+        chat.ends = (0..chat.model.config().vocab_size as u32).collect();
+        let whole = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0);
+        assert!(!whole.cut && whole.answer_tokens == 1, "{whole:?}");
     }
 }

@@ -3,9 +3,9 @@
 //! Texts of any length go through every product together, one row a token; only attention knows which rows are one
 //! text. Nothing is padded, so nothing has to be masked, and a text's vectors do not depend on the others.
 
-use std::{ops::Range, path::Path};
+use std::ops::Range;
 
-use super::{Activation, BertConfig};
+use super::{Activation, BertConfig, config::POSITIONS};
 use crate::{
     Error,
     cpu::{Accumulate, Panels, Rows, RowsMut, matmul, ops},
@@ -47,16 +47,12 @@ struct Norm {
 }
 
 impl Bert {
-    /// Loads a model folder. Runs on the current rayon pool.
+    /// Packs weights. Runs on the current rayon pool.
     ///
     /// # Errors
-    /// As [`BertConfig::load`]; the weights are missing, damaged or of another shape.
-    pub fn load(folder: &Path) -> Result<Self, Error> {
-        let config = BertConfig::load(folder)?;
-        let weights = Weights::map(folder)?
-            .inside(&["bert.", "roberta.", "model.", "0.auto_model."], "embeddings.word_embeddings.weight");
-        weights.check(config.tensors())?;
-        let mut positions = weights.get("embeddings.position_embeddings.weight")?.vector();
+    /// As [`Weights::get`].
+    pub fn load(config: BertConfig, weights: &Weights) -> Result<Self, Error> {
+        let mut positions = weights.get(POSITIONS)?.vector();
         let mut segment = vec![0.0; config.hidden_size];
         weights.get("embeddings.token_type_embeddings.weight")?.read(0, &mut segment);
         for row in positions.chunks_exact_mut(config.hidden_size) {
@@ -65,8 +61,8 @@ impl Bert {
         Ok(Self {
             words: weights.get("embeddings.word_embeddings.weight")?.clone(),
             positions,
-            norm: Norm::load(&weights, "embeddings.LayerNorm")?,
-            layers: (0..config.layers).map(|l| Layer::load(&weights, l)).collect::<Result<_, _>>()?,
+            norm: Norm::load(weights, "embeddings.LayerNorm")?,
+            layers: (0..config.layers).map(|l| Layer::load(weights, l)).collect::<Result<_, _>>()?,
             config,
         })
     }
@@ -87,7 +83,7 @@ impl Bert {
         let mut word = vec![0.0; width];
         let mut ranges: Vec<Range<usize>> = Vec::with_capacity(texts.len());
         for tokens in texts {
-            self.check(tokens)?;
+            c.check(tokens)?;
             let start = x.len() / width;
             for (place, token) in (c.first_position..).zip(*tokens) {
                 self.words.read(*token as usize * width, &mut word);
@@ -118,21 +114,6 @@ impl Bert {
             ops::layer_norm(&mut x, &layer.down_norm.weight, &layer.down_norm.bias, c.layer_norm_eps);
         }
         Ok(x)
-    }
-
-    fn check(&self, tokens: &[u32]) -> Result<(), Error> {
-        let (size, limit) = (self.config.vocab_size, self.config.max_tokens());
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= size) {
-            return Err(Error::argument(format!("token {token} is not among the model's {size}"))
-                .help("tokenizer.json and config.json are of different models"));
-        }
-        if tokens.len() > limit {
-            return Err(Error::argument(format!(
-                "a text of {} tokens, and the model has {limit} positions",
-                tokens.len()
-            )));
-        }
-        Ok(())
     }
 
     /// Every token of a text sees all of its text.

@@ -65,6 +65,9 @@ const KNOWN: [(&str, bool); 4] = [("bert", false), ("roberta", true), ("xlm-robe
 const HELP: &str = "encoders that run here: Qwen3-Embedding, BERT, RoBERTa and XLM-R (MiniLM, BGE, E5, GTE-base and \
                     the like); others can be asked through an `endpoint`";
 
+/// The name of the position matrix.
+pub(super) const POSITIONS: &str = "embeddings.position_embeddings.weight";
+
 impl BertConfig {
     /// Reads `config.json` of a model folder.
     ///
@@ -132,6 +135,21 @@ impl BertConfig {
         self.positions - self.first_position
     }
 
+    /// # Errors
+    /// A text is longer than the model's positions, or has a token that the model has not.
+    pub fn check(&self, tokens: &[u32]) -> Result<(), Error> {
+        let (size, limit) = (self.vocab_size, self.max_tokens());
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= size) {
+            return Err(Error::argument(format!("token {token} is not among the model's {size}"))
+                .help("tokenizer.json and config.json are of different models"));
+        }
+        if tokens.len() > limit {
+            let count = tokens.len();
+            return Err(Error::argument(format!("a text of {count} tokens, and the model has {limit} positions")));
+        }
+        Ok(())
+    }
+
     /// Every weight's name and shape, as Hugging Face files spell them.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (h, f) = (self.hidden_size, self.intermediate_size);
@@ -141,7 +159,7 @@ impl BertConfig {
         };
         let mut all = vec![
             ("embeddings.word_embeddings.weight".to_owned(), vec![self.vocab_size, h]),
-            ("embeddings.position_embeddings.weight".to_owned(), vec![self.positions, h]),
+            (POSITIONS.to_owned(), vec![self.positions, h]),
             ("embeddings.token_type_embeddings.weight".to_owned(), vec![self.token_types, h]),
         ];
         all.extend(norm("embeddings.LayerNorm"));

@@ -12,15 +12,17 @@ use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
     Error,
-    qwen3::{Place, Prompt, Qwen3, Wanted},
+    qwen3::{Place, Prompt, Qwen3, Wanted, weights::Weights},
 };
 
 mod bert;
+mod bert_tensors;
 mod config;
 pub mod memory;
 mod settings;
 
-pub use bert::Bert;
+use bert::Bert;
+use bert_tensors::BertTensors;
 pub use config::{Activation, BertConfig};
 
 /// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
@@ -54,6 +56,22 @@ pub struct Encoder {
 enum Network {
     Qwen3(Box<Qwen3>),
     Bert(Box<Bert>),
+    BertTensors(Box<BertTensors>),
+}
+
+/// Loads a BERT's folder; also gives the tokens of its longest text.
+fn open_bert(folder: &Path, place: Place) -> Result<(Network, usize), Error> {
+    let config = BertConfig::load(folder)?;
+    let weights = Weights::map(folder)?
+        .inside(&["bert.", "roberta.", "model.", "0.auto_model."], "embeddings.word_embeddings.weight");
+    weights.check(config.tensors())?;
+    weights.check_layers(config.layers)?;
+    let longest = config.max_tokens();
+    let network = match place.device()? {
+        None => Network::Bert(Box::new(Bert::load(config, &weights)?)),
+        Some((device, _)) => Network::BertTensors(Box::new(BertTensors::load(config, &weights, &device)?)),
+    };
+    Ok((network, longest))
 }
 
 impl Encoder {
@@ -71,7 +89,7 @@ impl Encoder {
     /// [`Encoder::load`], to compute in `place`.
     ///
     /// # Errors
-    /// As [`Encoder::load`] and [`Qwen3::load_on`]; a BERT in another place than the CPU.
+    /// As [`Encoder::load`] and [`Qwen3::load_on`].
     pub fn load_on(folder: &Path, pooling: Option<Pooling>, max_tokens: usize, place: Place) -> Result<Self, Error> {
         let named = match pooling {
             Some(pooling) => Some(pooling),
@@ -82,18 +100,17 @@ impl Encoder {
             let positions = model.config().max_positions;
             (Network::Qwen3(Box::new(model)), Pooling::Last, positions)
         } else {
-            if place != Place::Cpu {
-                return Err(Error::argument("a BERT computes on the CPU only")
-                    .help("give the stage `resources: { gpus: 0 }`; a Qwen3-Embedding computes on GPUs"));
-            }
-            let model = Bert::load(folder)?;
-            let positions = model.config().max_tokens();
-            (Network::Bert(Box::new(model)), Pooling::Mean, positions)
+            let (network, positions) = open_bert(folder, place)?;
+            (network, Pooling::Mean, positions)
         };
         let longest = max_tokens.min(positions);
         let tokenizer = tokenizer(folder, longest)?;
         let pooling = named.unwrap_or(default);
-        let on_device = matches!(&network, Network::Qwen3(model) if model.is_on_device());
+        let on_device = match &network {
+            Network::Qwen3(model) => model.is_on_device(),
+            Network::Bert(_) => false,
+            Network::BertTensors(_) => true,
+        };
         let tokens_at_once = if on_device { TOKENS_ON_DEVICE } else { TOKENS_AT_ONCE };
         Ok(Self { network, tokenizer, pooling, longest, tokens_at_once, on_device })
     }
@@ -115,6 +132,7 @@ impl Encoder {
         match &self.network {
             Network::Qwen3(model) => memory::qwen3_work(model.config(), tokens_at_once, self.longest),
             Network::Bert(model) => memory::bert_work(model.config(), tokens_at_once, self.longest),
+            Network::BertTensors(model) => memory::bert_work(model.config(), tokens_at_once, self.longest),
         }
     }
 
@@ -127,6 +145,7 @@ impl Encoder {
         match &self.network {
             Network::Qwen3(model) => model.config().hidden_size,
             Network::Bert(model) => model.config().hidden_size,
+            Network::BertTensors(model) => model.config().hidden_size,
         }
     }
 
@@ -148,11 +167,14 @@ impl Encoder {
     pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
         let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
         if self.on_device {
-            let groups = groups(&tokens, 1, self.tokens_at_once);
+            // There a text takes the room of the longest beside it.
+            let groups = groups(&tokens, self.tokens_at_once, |longest, _, count| longest * count);
             let vectors = groups.into_iter().map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
             return Ok(vectors.into_iter().flatten().collect());
         }
-        let groups = groups(&tokens, threads, self.tokens_at_once);
+        let total: usize = tokens.iter().map(Vec::len).sum();
+        let limit = self.tokens_at_once.min(total.div_ceil(threads.max(1)));
+        let groups = groups(&tokens, limit, |_, sum, _| sum);
         // One thread a group wastes nothing; only a lone group is worth the others' help.
         let each = if groups.len() < threads { threads } else { 1 };
         let vectors: Vec<Vec<Vec<f32>>> =
@@ -166,12 +188,16 @@ impl Encoder {
         let last_only = self.pooling == Pooling::Last;
         let (vectors, one_each) = match &self.network {
             Network::Bert(model) => (model.read(&present, threads)?, false),
+            Network::BertTensors(model) => (model.read(&present)?, false),
             Network::Qwen3(model) => {
                 let prompts: Vec<Prompt> = present.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
                 let wanted = if last_only { Wanted::Last } else { Wanted::All };
                 (model.read(&prompts, wanted, threads)?.1, last_only)
             }
         };
+        if vectors.iter().any(|x| !x.is_finite()) {
+            return Err(Error::NotFinite);
+        }
         let mut at = 0;
         let of_text = |tokens: &Vec<u32>| {
             if tokens.is_empty() {
@@ -186,17 +212,15 @@ impl Encoder {
     }
 }
 
-/// Parts of at most `at_once` tokens, or of one text, and enough of them for all threads.
-fn groups(texts: &[Vec<u32>], threads: usize, at_once: usize) -> Vec<&[Vec<u32>]> {
-    let total: usize = texts.iter().map(Vec::len).sum();
-    let limit = at_once.min(total.div_ceil(threads.max(1)));
+/// Parts of one text, or of more that take at most `limit`: `taken(tokens of the longest, of all, texts)`.
+fn groups(texts: &[Vec<u32>], limit: usize, taken: impl Fn(usize, usize, usize) -> usize) -> Vec<&[Vec<u32>]> {
     let mut groups = Vec::new();
     let mut rest = texts;
     while !rest.is_empty() {
-        let mut sum = 0;
+        let (mut longest, mut sum, mut count) = (0, 0, 0);
         let fitting = rest.iter().take_while(|tokens| {
-            sum += tokens.len();
-            sum <= limit
+            (longest, sum, count) = (longest.max(tokens.len()), sum + tokens.len(), count + 1);
+            taken(longest, sum, count) <= limit
         });
         let count = fitting.count().max(1);
         groups.push(&rest[..count]);
@@ -278,9 +302,11 @@ mod tests {
     #[test]
     fn groups_hold_all_texts_in_order() {
         let texts: Vec<Vec<u32>> = [600, 10, 500, 2, 0, 511, 1, 1].iter().map(|n| vec![0; *n]).collect();
-        let lengths = |threads| groups(&texts, threads, 512).iter().map(|g| g.len()).collect::<Vec<_>>();
-        assert_eq!(lengths(1), [1, 4, 2, 1]);
-        assert_eq!(groups(&texts[1..4], 4, 512).len(), 3);
-        assert!(groups(&[], 2, 512).is_empty());
+        let lengths = |taken: &dyn Fn(usize, usize, usize) -> usize| {
+            groups(&texts, 512, taken).iter().map(|g| g.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(&|_, sum, _| sum), [1, 4, 2, 1]);
+        assert_eq!(lengths(&|longest, _, count| longest * count), [1, 1, 1, 2, 1, 2]);
+        assert!(groups(&[], 512, |_, sum, _| sum).is_empty());
     }
 }

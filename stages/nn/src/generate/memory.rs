@@ -55,6 +55,11 @@ pub fn work(config: &Config, longest: usize) -> usize {
     (rows * row + gates + logits + POSITIONS_AT_ONCE * longest) * FLOAT
 }
 
+/// Prompts that one thread may have in work within `bytes` beside the weights, at least 1.
+pub fn prompts_within(config: &Config, bytes: usize, length: usize, slots: usize) -> usize {
+    (bytes.saturating_sub(work(config, length)) / prompt(config, length, slots).max(1)).max(1)
+}
+
 /// Tokens that beams over a catalogue can generate for one prompt.
 pub fn catalogue_slots(trie: &Trie, beams: usize) -> usize {
     beams.min(trie.entries()) * (trie.longest() - 1)
@@ -86,4 +91,17 @@ pub fn peak(config: &Config, load: Load) -> usize {
     weights(config, load.stored)
         + tokens(config, load.prefix)
         + load.threads * (load.batch * prompt(config, load.longest, load.slots) + work(config, load.longest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_prompts_as_there_is_room_for() {
+        let config = Config::tiny();
+        let within = |bytes| prompts_within(&config, bytes, 300, 16);
+        let (one, beside) = (prompt(&config, 300, 16), work(&config, 300));
+        assert_eq!((within(0), within(beside + one), within(beside + 5 * one + one / 2)), (1, 1, 5));
+    }
 }

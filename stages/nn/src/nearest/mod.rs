@@ -10,9 +10,14 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-use crate::cpu::{Accumulate, Panels, Rows, RowsMut, matmul, ops};
+use crate::{
+    Error,
+    cpu::{Accumulate, Panels, Rows, RowsMut, matmul, ops},
+    qwen3::Place,
+};
 
 pub(crate) mod best;
+mod device;
 
 pub use best::Best;
 
@@ -61,6 +66,17 @@ pub fn top_k(rows: &[f32], dim: usize, k: usize) -> Vec<Vec<(u32, f32)>> {
         .flat_map(|block| block.into_inner().unwrap_or_else(PoisonError::into_inner).best)
         .map(Best::into_sorted)
         .collect()
+}
+
+/// [`top_k`], computed in `place`. Elsewhere than on the CPU, scores that are equal up to rounding may change places.
+///
+/// # Errors
+/// There is no such device; it fails, or its memory is too small.
+pub fn top_k_on(place: Place, rows: &[f32], dim: usize, k: usize) -> Result<Vec<Vec<(u32, f32)>>, Error> {
+    match place.device()? {
+        Some((device, _)) if dim > 0 => device::top_k(&device, rows, dim, k),
+        _ => Ok(top_k(rows, dim, k)),
+    }
 }
 
 /// How many of `n` rows are in this block.

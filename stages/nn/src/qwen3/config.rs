@@ -58,6 +58,7 @@ struct Raw {
     eos_token_id: Option<TokenIds>,
     pad_token_id: Option<u32>,
     initializer_range: Option<f64>,
+    quantization_config: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -73,6 +74,15 @@ struct RopeParameters {
 enum TokenIds {
     One(u32),
     Many(Vec<u32>),
+}
+
+impl TokenIds {
+    fn into_vec(self) -> Vec<u32> {
+        match self {
+            Self::One(token) => vec![token],
+            Self::Many(tokens) => tokens,
+        }
+    }
 }
 
 impl Config {
@@ -108,6 +118,24 @@ impl Config {
         }
         raw.supported()?;
         raw.into_config().checked()
+    }
+
+    /// The tokens that end a text: those of `generation_config.json`, which transformers and vLLM go by, or else those
+    /// of `config.json`.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is no such file.
+    pub fn text_ends(&self, folder: &Path) -> Result<Vec<u32>, Error> {
+        let path = folder.join("generation_config.json");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(self.eos_tokens.clone()),
+            Err(e) => return Err(Error::io("read", &path, e)),
+        };
+        let generation: Generation = serde_json::from_slice(&bytes).map_err(|e| {
+            Error::model(&path, format!("not a generation configuration: {e}")).help("copy the file again")
+        })?;
+        Ok(generation.eos_token_id.map_or_else(|| self.eos_tokens.clone(), TokenIds::into_vec))
     }
 
     /// The file's text for a model with these settings, in the layout that transformers 4 and 5 and vLLM read.
@@ -224,6 +252,12 @@ impl Config {
     }
 }
 
+/// What of `generation_config.json` matters here.
+#[derive(Deserialize)]
+struct Generation {
+    eos_token_id: Option<TokenIds>,
+}
+
 const ONLY_QWEN3: &str =
     "this engine runs Qwen3 (`model_type: qwen3`, `Qwen3ForCausalLM`): a folder with its config.json";
 
@@ -252,6 +286,13 @@ impl Raw {
         if self.attention_bias == Some(true) {
             return refuse("a bias in attention".to_owned());
         }
+        if let Some(how) = &self.quantization_config {
+            let method = how["quant_method"].as_str().unwrap_or("some method");
+            return Err(Problem::new(
+                format!("the weights are quantised ({method}), which is not supported"),
+                "take the model's weights in bf16, f16 or f32",
+            ));
+        }
         match self.hidden_act.as_deref() {
             None | Some("silu") => Ok(()),
             Some(other) => refuse(format!("the activation `{other}`")),
@@ -277,11 +318,7 @@ impl Raw {
             rms_norm_eps: self.rms_norm_eps.unwrap_or(1e-6),
             tied: self.tie_word_embeddings.unwrap_or(false),
             bos_token: self.bos_token_id,
-            eos_tokens: match self.eos_token_id {
-                None => Vec::new(),
-                Some(TokenIds::One(token)) => vec![token],
-                Some(TokenIds::Many(tokens)) => tokens,
-            },
+            eos_tokens: self.eos_token_id.map_or_else(Vec::new, TokenIds::into_vec),
             pad_token: self.pad_token_id,
             initializer_range: self.initializer_range.unwrap_or(0.02),
         }
@@ -289,11 +326,10 @@ impl Raw {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample() -> Config {
-        Config {
+impl Config {
+    /// A shape for tests.
+    pub(crate) fn tiny() -> Self {
+        Self {
             vocab_size: 512,
             hidden_size: 64,
             intermediate_size: 128,
@@ -311,25 +347,44 @@ mod tests {
             initializer_range: 0.02,
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     fn problem(edit: impl FnOnce(&mut Value)) -> String {
-        let mut value = sample().to_json("float32");
+        let mut value = Config::tiny().to_json("float32");
         edit(&mut value);
         Config::parse(&value.to_string()).err().map(|p| p.message).unwrap_or_default()
     }
 
     #[test]
     fn what_is_written_is_read_back() {
-        let parsed = Config::parse(&sample().to_json("float32").to_string());
-        assert_eq!(parsed.ok(), Some(sample()));
+        let parsed = Config::parse(&Config::tiny().to_json("float32").to_string());
+        assert_eq!(parsed.ok(), Some(Config::tiny()));
     }
 
     #[test]
     fn transformers_5_keeps_theta_in_rope_parameters() {
-        let mut value = sample().to_json("float32");
+        let mut value = Config::tiny().to_json("float32");
         value["rope_theta"] = Value::Null;
         value["rope_parameters"] = json!({"rope_theta": 5e5, "rope_type": "default"});
         assert_eq!(Config::parse(&value.to_string()).ok().map(|c| c.rope_theta), Some(5e5));
+    }
+
+    #[test]
+    fn texts_end_where_the_generation_configuration_says() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(Config::tiny().text_ends(folder.path()).unwrap(), [2], "without the file");
+        let ends = |text: &str| {
+            fs::write(folder.path().join("generation_config.json"), text).unwrap();
+            Config::tiny().text_ends(folder.path())
+        };
+        assert_eq!(ends(r#"{"eos_token_id": [5, 6]}"#).unwrap(), [5, 6]);
+        assert_eq!(ends(r#"{"eos_token_id": 5}"#).unwrap(), [5]);
+        assert_eq!(ends("{}").unwrap(), [2]);
+        assert!(ends("{").unwrap_err().to_string().contains("generation_config.json"));
     }
 
     #[test]
@@ -338,6 +393,8 @@ mod tests {
         assert_eq!(problem(|v| v["architectures"] = json!(["GPT2"])), "unknown architecture `GPT2`");
         let scaled = problem(|v| v["rope_scaling"] = json!({"type": "yarn", "factor": 4.0}));
         assert_eq!(scaled, "rotary scaling of type `yarn` is not supported");
+        let quantised = problem(|v| v["quantization_config"] = json!({"quant_method": "awq"}));
+        assert!(quantised.contains("quantised (awq)"), "{quantised}");
         assert!(problem(|v| v["use_sliding_window"] = json!(true)).contains("window"));
         assert!(problem(|v| v["hidden_act"] = json!("gelu")).contains("gelu"));
     }

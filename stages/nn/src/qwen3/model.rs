@@ -128,7 +128,8 @@ impl Qwen3 {
     /// last norm, in the order of prompts and tokens).
     ///
     /// # Errors
-    /// A prompt is empty or longer than the model's positions, or has a token that the model has not; a device fails.
+    /// A prompt is empty or longer than the model's positions, or has a token that the model has not; what is computed
+    /// is no number; a device fails.
     pub fn read(&self, prompts: &[Prompt], wanted: Wanted, threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
         let mut batch = Batch::default();
         for prompt in prompts {
@@ -138,10 +139,11 @@ impl Qwen3 {
         }
         let last: Vec<usize> = batch.rows.iter().map(|r| r.end - 1).collect();
         let kept = (wanted == Wanted::Last).then_some(last.as_slice());
-        match &self.network {
-            Network::Packed(network) => Ok(network.read(prompts, &batch, kept, threads)),
-            Network::Tensors(network) => network.read(prompts, &batch, kept),
-        }
+        let (segments, hidden) = match &self.network {
+            Network::Packed(network) => network.read(prompts, &batch, kept, threads),
+            Network::Tensors(network) => network.read(prompts, &batch, kept)?,
+        };
+        Ok((segments, finite(hidden)?))
     }
 
     /// Takes beams further; returns the new tokens' hidden states (`[rows, hidden]`, after the last norm). The new
@@ -165,7 +167,7 @@ impl Qwen3 {
         for step in steps.iter_mut() {
             step.branches.add_slots(step.tokens.len());
         }
-        Ok(hidden)
+        finite(hidden)
     }
 
     /// Hands out the logits of `hidden`'s rows in chunks of columns, always the same chunks in the same order:
@@ -290,4 +292,9 @@ impl Qwen3 {
         }
         Ok(())
     }
+}
+
+/// NaN would else pass for a low score.
+fn finite(hidden: Vec<f32>) -> Result<Vec<f32>, Error> {
+    if hidden.iter().all(|x| x.is_finite()) { Ok(hidden) } else { Err(Error::NotFinite) }
 }

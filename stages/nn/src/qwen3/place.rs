@@ -22,7 +22,7 @@ impl Place {
     ///
     /// # Errors
     /// The program was built without CUDA, or there is no such device.
-    pub(super) fn device(self) -> Result<Option<(Device, DType)>, Error> {
+    pub(crate) fn device(self) -> Result<Option<(Device, DType)>, Error> {
         match self {
             Self::Cpu => Ok(None),
             Self::CpuTensors { dtype } => Ok(Some((Device::Cpu, dtype.into()))),

@@ -82,8 +82,14 @@ impl Weights {
     }
 
     /// Checks that no layer is stored beyond the first `layers`: a model cut short computes something else.
-    fn check_layers(&self, layers: usize) -> Result<(), Error> {
-        let number = |name: &str| name.split_once("layers.")?.1.split('.').next()?.parse::<usize>().ok();
+    ///
+    /// # Errors
+    /// One is.
+    pub fn check_layers(&self, layers: usize) -> Result<(), Error> {
+        let number = |name: &str| {
+            let (_, rest) = name.split_once("layers.").or_else(|| name.split_once("layer."))?;
+            rest.split('.').next()?.parse::<usize>().ok()
+        };
         match self.tensors.keys().filter_map(|name| number(name)).max() {
             Some(last) if last >= layers => Err(Error::model(
                 &self.folder,
@@ -117,7 +123,7 @@ impl Weights {
     }
 
     fn has(&self, stored: &str) -> bool {
-        self.tensors.contains_key(stored)
+        self.tensors.contains_key(stored) || self.unread.contains_key(stored)
     }
 
     /// Checks that all tensors of these names are there, in these shapes.
@@ -169,7 +175,12 @@ impl Weights {
 fn files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let index = folder.join("model.safetensors.index.json");
     if !index.exists() {
-        return Ok(vec![folder.join("model.safetensors")]);
+        let whole = folder.join("model.safetensors");
+        if !whole.exists() && folder.join("pytorch_model.bin").exists() {
+            return Err(Error::model(folder, "the weights are in pytorch_model.bin, which is not read here")
+                .help("transformers writes safetensors: AutoModel.from_pretrained(folder).save_pretrained(another)"));
+        }
+        return Ok(vec![whole]);
     }
     let text = fs::read_to_string(&index).map_err(|e| Error::io("read", &index, e))?;
     let parsed: Index = serde_json::from_str(&text)

@@ -28,6 +28,7 @@ mod sample;
 #[cfg(test)]
 mod tests;
 
+pub use prompt::HistoryPrompt;
 pub use sample::Laid;
 
 /// The empty think block of template `qwen3`.

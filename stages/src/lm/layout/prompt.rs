@@ -8,13 +8,20 @@ use crate::{
     sft::rec_text::{self, Place, TID_LABEL},
 };
 
+/// What a model is asked with.
+pub struct HistoryPrompt {
+    pub tokens: Vec<u32>,
+    /// How many of the oldest items it has no room for.
+    pub dropped: usize,
+}
+
 impl Layout {
     /// The prompt after which the model writes the TID of the next item, given the items so far, oldest first. The
     /// oldest are left out until `room` tokens are free for the answer.
     ///
     /// # Errors
     /// The history is empty, or not even its last item fits.
-    pub fn prompt(&self, history: &[&TidRecord], compat: Compat, room: usize) -> Result<Vec<u32>, StageError> {
+    pub fn prompt(&self, history: &[&TidRecord], compat: Compat, room: usize) -> Result<HistoryPrompt, StageError> {
         if history.is_empty() {
             return Err(StageError::params("a prompt needs at least one item"));
         }
@@ -29,22 +36,26 @@ impl Layout {
             tokens.extend(before);
             let kept = newest_within(&lines, limit.saturating_sub(tokens.len()));
             lines[lines.len() - kept..].iter().for_each(|line| tokens.extend(line));
-            return if kept == 0 { Err(self.no_room(limit)) } else { Ok(tokens) };
+            let dropped = lines.len() - kept;
+            return if kept == 0 { Err(self.no_room(room)) } else { Ok(HistoryPrompt { tokens, dropped }) };
         }
         while first < history.len() {
             let tokens = self.text_prompt(&history[first..], compat)?;
             if tokens.len() <= limit {
-                return Ok(tokens);
+                return Ok(HistoryPrompt { tokens, dropped: first });
             }
             let excess = (tokens.len() - limit) * (history.len() - first) / tokens.len();
             first += excess.max(1);
         }
-        Err(self.no_room(limit))
+        Err(self.no_room(room))
     }
 
-    fn no_room(&self, limit: usize) -> StageError {
-        StageError::params(format!("not even the last item of a history fits into {limit} tokens"))
-            .help("train with a greater `max_length`")
+    fn no_room(&self, room: usize) -> StageError {
+        let length = self.settings.max_length;
+        StageError::params(format!(
+            "the last item of a history and {room} tokens for the answer do not fit into the model's {length}"
+        ))
+        .help("train with a greater `max_length`; in `decoding: free`, a lower `max_new_tokens` may do")
     }
 
     fn text_prompt(&self, history: &[&TidRecord], compat: Compat) -> Result<Vec<u32>, StageError> {

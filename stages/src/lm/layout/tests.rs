@@ -90,7 +90,7 @@ fn prompt_and_tid_are_the_beginning_of_what_training_sees() {
                 let history: Vec<&TidRecord> = catalogue[..length].iter().collect();
                 let longer: Vec<&TidRecord> = history.iter().copied().chain([next]).collect();
                 let laid = layout.sample(&sample(format, &longer)).unwrap();
-                let mut tokens = layout.prompt(&history, Compat::Fixed, 0).unwrap();
+                let mut tokens = layout.prompt(&history, Compat::Fixed, 0).unwrap().tokens;
                 if format == SftFormat::Text || length > 0 {
                     assert!(tokens.len() >= laid.learned_from, "the answer is in the learned part");
                 }
@@ -145,6 +145,8 @@ fn long_histories_lose_their_oldest_items_in_training_and_in_prompts() {
         assert!(laid.tokens.ends_with(&full.tokens[full.tokens.len() - tail..]), "the newest items stay");
         let room = 30.min(limit / 3);
         let prompt = short.prompt(&history, Compat::Fixed, room).unwrap();
+        assert!(prompt.dropped > 0);
+        let prompt = prompt.tokens;
         assert!(prompt.len() + room <= limit);
         assert!(short.prompt(&history, Compat::Fixed, limit).is_err());
     }

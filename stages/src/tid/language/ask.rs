@@ -1,4 +1,10 @@
-//! Conversations as rows: put to a model on this machine, or to a server that speaks OpenAI's `/v1/chat/completions`.
+//! Questions as rows: put to a model on this machine, or to a server that speaks OpenAI's `/v1/chat/completions`.
+//!
+//! A row is one answer, kept under the whole conversation that it answers. What is asked about an answer is a longer
+//! conversation, and so another row: how often may be asked is in no key, and more attempts go on from the answers
+//! that there are.
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use grlm_nn::chat::{Answering, ChatModel, Message};
 use serde_json::{Map, Value, json};
@@ -10,7 +16,7 @@ use super::{
 use crate::{
     Compat, StageContext, StageError,
     compute::{CPU, PerDevice},
-    endpoint::{Endpoint, gather},
+    endpoint::{CallError, Endpoint},
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
@@ -18,15 +24,17 @@ use crate::{
 pub const PLACE: &str = "extractor.model";
 const NAMESPACE: &str = "tid-answer";
 /// Raised when the code of this folder, of `parse` or of the chat model changes what an item's answer is.
-const ROW_VERSION: u32 = 1;
+const ROW_VERSION: u32 = 2;
 /// Conversations that a device gets at a time.
 const PIECE: usize = 32;
 /// The same for a GPU, which has as many in work together.
 const PIECE_ON_GPU: usize = 64;
-/// Conversations for each request that may be under way at once: the last of a piece are waited for.
-const PIECE_PER_REQUEST: usize = 4;
 /// Where answers end.
 const STOP: char = ']';
+/// The field by which servers take settings of the chat template.
+const TEMPLATE_SETTINGS: &str = "chat_template_kwargs";
+/// So many first answers without a word are no accident.
+const MANY: u64 = 16;
 
 /// A model to be asked.
 pub struct Asker<'a> {
@@ -34,6 +42,29 @@ pub struct Asker<'a> {
     compat: Compat,
     place: Place,
     max_failed_rows: usize,
+    /// Whether the server takes [`TEMPLATE_SETTINGS`], once that is known.
+    takes_settings: OnceLock<bool>,
+    tally: Mutex<Tally>,
+}
+
+/// What the model was asked in this run; other answers are kept from earlier ones.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tally {
+    pub answers: u64,
+    /// Those without a word.
+    silent: u64,
+    pub prompt_tokens: u64,
+    pub answer_tokens: u64,
+}
+
+/// One question to each of some conversations.
+struct Round {
+    /// What is asked about.
+    unit: &'static str,
+    /// How many may be left without an answer.
+    may_fail: usize,
+    /// A model that says nothing to any of them is of no use.
+    must_speak: bool,
 }
 
 enum Place {
@@ -64,69 +95,150 @@ impl<'a> Asker<'a> {
                 Place::Folder { identity, device: model.dtype.key(cx), loaded: PerDevice::new(cx) }
             }
         };
-        Ok(Self { model, compat, place, max_failed_rows })
+        let (takes_settings, tally) = Default::default();
+        Ok(Self { model, compat, place, max_failed_rows, takes_settings, tally })
     }
 
-    /// The rows of these conversations.
-    pub fn job(&self, conversations: &[Vec<Message>]) -> RowJob {
+    /// The rows of the first questions, one for each of these conversations.
+    pub fn job<C: AsRef<[Message]>>(&self, conversations: &[C]) -> RowJob {
         let model = self.model;
         let recipe = RowRecipe::new(NAMESPACE, ROW_VERSION);
-        let (recipe, piece) = match &self.place {
+        let recipe = match &self.place {
             // Not the address: the same model elsewhere is the same.
-            Place::Server(_) => (
-                recipe
-                    .text("served", &model.model)
-                    .text("revision", model.revision.as_deref().unwrap_or_default())
-                    .json("extra", &Value::Object(model.extra_body.clone())),
-                PIECE_PER_REQUEST * model.concurrency,
-            ),
-            Place::Folder { identity, device, .. } => (
-                recipe.text("model", identity).text("device", device),
-                if *device == CPU { PIECE } else { PIECE_ON_GPU },
-            ),
+            Place::Server(_) => recipe
+                .text("served", &model.model)
+                .text("revision", model.revision.as_deref().unwrap_or_default())
+                .json("extra", &Value::Object(model.extra_body.clone())),
+            Place::Folder { identity, device, .. } => recipe.text("model", identity).text("device", device),
         };
         let decoding = json!({
             "compat": self.compat,
             "max_new_tokens": model.max_new_tokens,
-            "max_attempts": model.max_attempts,
         });
         let recipe = recipe.json("decoding", &decoding);
-        let key = |conversation: &Vec<Message>| recipe.row().json("conversation", &json!(conversation)).key();
-        let length = |conversation: &Vec<Message>| conversation.iter().map(|m| m.content.len() as u64).sum();
-        RowJob::new(NAMESPACE, "item", conversations.iter().map(key).collect())
-            .batch(piece)
+        let key = |conversation: &C| recipe.row().json("conversation", &json!(conversation.as_ref())).key();
+        let length = |conversation: &C| conversation.as_ref().iter().map(|m| m.content.len() as u64).sum();
+        let job = RowJob::new(NAMESPACE, "item", conversations.iter().map(key).collect())
             .costs(conversations.iter().map(length).collect())
-            .max_failed_rows(self.max_failed_rows)
+            .max_failed_rows(self.max_failed_rows);
+        match &self.place {
+            Place::Server(_) => job.batch(1).requests(model.concurrency),
+            Place::Folder { device, .. } => job.batch(if *device == CPU { PIECE } else { PIECE_ON_GPU }),
+        }
     }
 
-    /// The answer to each conversation, or why there is none.
+    /// What the model said to each item's prompt at last, or why it said nothing. `names` are the items'.
     ///
     /// # Errors
-    /// The model cannot be used; more conversations without an answer than may be.
+    /// The model cannot be used, or has no word for any item; more items without an answer than may be.
     pub fn ask(
         &mut self,
         cx: &mut StageContext,
-        conversations: &[Vec<Message>],
+        names: &[String],
+        prompts: &[Vec<Message>],
     ) -> Result<Vec<Result<Record, String>>, StageError> {
-        let job = self.job(conversations);
+        let reference = self.compat.is_reference();
+        self.converse(
+            cx,
+            names,
+            prompts,
+            Round { unit: "item", may_fail: self.max_failed_rows, must_speak: !reference },
+        )
+    }
+
+    /// The same for questions about items that have an answer already, and keep it where there is no other.
+    ///
+    /// # Errors
+    /// The model cannot be used.
+    pub fn ask_further(
+        &mut self,
+        cx: &mut StageContext,
+        names: &[String],
+        questions: &[Vec<Message>],
+    ) -> Result<Vec<Result<Record, String>>, StageError> {
+        self.converse(cx, names, questions, Round { unit: "question", may_fail: usize::MAX, must_speak: false })
+    }
+
+    /// What was asked until now.
+    pub fn tally(&self) -> Tally {
+        *locked(&self.tally)
+    }
+
+    fn converse(
+        &mut self,
+        cx: &mut StageContext,
+        names: &[String],
+        conversations: &[Vec<Message>],
+        mut round: Round,
+    ) -> Result<Vec<Result<Record, String>>, StageError> {
+        let dialogue = |begun: &Vec<Message>| Dialogue::new(begun.clone(), self.compat, self.model.max_attempts);
+        let mut dialogues: Vec<Dialogue> = conversations.iter().map(dialogue).collect();
+        let mut failures: Vec<Option<String>> = vec![None; dialogues.len()];
+        let mut open: Vec<usize> = (0..dialogues.len()).collect();
+        while !open.is_empty() {
+            let asked: Vec<&[Message]> = open.iter().map(|at| dialogues[*at].messages()).collect();
+            let names = open.iter().map(|at| names[*at].clone()).collect();
+            let replies = self.replies(cx, names, &asked, &round)?;
+            let mut going = Vec::new();
+            for (at, reply) in open.into_iter().zip(replies) {
+                match reply {
+                    Ok(reply) => {
+                        if !dialogues[at].take(reply) {
+                            going.push(at);
+                        }
+                    }
+                    Err(failure) => {
+                        failures[at] = Some(failure);
+                        round.may_fail = round.may_fail.saturating_sub(1);
+                    }
+                }
+            }
+            open = going;
+            round = Round { unit: "question", must_speak: false, ..round };
+        }
+        let records = dialogues.into_iter().map(Dialogue::into_record);
+        Ok(records.zip(failures).map(|(record, failure)| failure.map_or(Ok(record), Err)).collect())
+    }
+
+    /// The answer to each conversation, or why there is none.
+    fn replies(
+        &mut self,
+        cx: &mut StageContext,
+        names: Vec<String>,
+        conversations: &[&[Message]],
+        round: &Round,
+    ) -> Result<Vec<Result<Reply, String>>, StageError> {
+        let mut job = self.job(conversations).names(names).max_failed_rows(round.may_fail);
+        round.unit.clone_into(&mut job.unit);
         let (model, compat) = (self.model, self.compat);
-        let start = |row: usize| Dialogue::new(conversations[row].clone(), compat, model.max_attempts);
+        let (tally, must_speak, name) = (&self.tally, round.must_speak, model.model.as_str());
         let rows = match &mut self.place {
             Place::Server(endpoint) => {
-                let endpoint = match endpoint {
-                    Some(endpoint) => endpoint,
-                    None => {
-                        let address = model.endpoint.as_deref().unwrap_or_default();
-                        endpoint.insert(Box::new(Endpoint::new(address, model.endpoint_settings(), cx.stop_flag())?))
-                    }
-                };
-                let rows = rows::run(cx, &job, |_: RowDevice| {
-                    Ok(Served { endpoint, model, compat, start: &start, end: None })
+                let endpoint = endpoint.get_or_insert_with(|| {
+                    let address = model.endpoint.as_deref().unwrap_or_default();
+                    Box::new(Endpoint::new(address, model.endpoint_settings(), cx.stop_flag()))
                 });
+                let takes_settings = &self.takes_settings;
+                let before = takes_settings.get().copied();
+                let rows = rows::run(cx, &job, |_: RowDevice| {
+                    let function = Served { endpoint, model, compat, conversations, takes_settings };
+                    Ok(Counted { function, tally, must_speak, name })
+                });
+                if before.is_none() && takes_settings.get() == Some(&false) {
+                    cx.info(format!("the server takes no `{TEMPLATE_SETTINGS}`: requests go without"));
+                }
                 if let Some(report) = endpoint.report() {
                     cx.info(report);
                 }
-                rows?
+                let rows = rows?;
+                if must_speak && rows.known() > 0 {
+                    cx.info(format!(
+                        "{} answers of `{name}` were asked for earlier, of this server or another; if it is another model \
+                         by that name, say so by `revision`",
+                        rows.known()
+                    ));
+                }
+                rows
             }
             Place::Folder { loaded, .. } => {
                 // Fetched from the hub where it is not at hand.
@@ -137,71 +249,112 @@ impl<'a> Asker<'a> {
                     let place = model.dtype.on(device.device);
                     let load = || pool.install(|| ChatModel::load_on(folder, place));
                     let chat = loaded.get(device.device, load)?;
-                    Ok(Local { chat, pool, how: answering(model, compat), start: &start })
+                    let mut how = answering(model, compat);
+                    // Half of what is free once the weights are there.
+                    how.memory = device.free_memory().map(|bytes| bytes as usize / 2);
+                    let function = Local { chat, pool, how, conversations };
+                    Ok(Counted { function, tally, must_speak, name })
                 })?
             }
         };
-        let record = |bytes: &[u8]| {
-            serde_json::from_slice(bytes).map_err(|e| StageError::bug(format!("a kept answer is not one: {e}")))
-        };
-        rows.iter()
-            .map(|row| match row {
-                Ok(bytes) => record(bytes).map(Ok),
-                Err(failure) => Ok(Err(failure.message.clone())),
-            })
-            .collect()
+        let replies = rows.iter().map(|row| match row {
+            Ok(bytes) => kept(bytes).map(Ok),
+            Err(failure) => Ok(Err(failure.message.clone())),
+        });
+        let replies = replies.collect::<Result<Vec<Result<Reply, String>>, StageError>>()?;
+        let answers = replies.iter().flatten().count() as u64;
+        if must_speak && answers > 0 && replies.iter().flatten().all(Reply::is_silent) {
+            match silence(name, answers) {
+                error if answers >= MANY => return Err(error),
+                error => cx.warn(error.to_string()),
+            }
+        }
+        Ok(replies)
     }
+}
+
+/// The model says nothing, and would be asked about all the others in vain.
+fn silence(model: &str, answers: u64) -> StageError {
+    let message = format!("`{model}` says nothing: {answers} answers, all empty or reasoning without an end");
+    StageError::FailedRows { message, help: None }
+        .help("switch its reasoning off (`extra_body`), or give it room for it (`max_new_tokens`): see docs/models.md")
 }
 
 fn answering(model: &LanguageModel, compat: Compat) -> Answering {
-    let mut template = Map::new();
-    if !compat.is_reference() {
-        // Five words need no reasoning; models that know no such setting pass over it.
-        template.insert("enable_thinking".into(), Value::Bool(false));
-    }
+    let template = if compat.is_reference() { Map::new() } else { no_reasoning() };
     let stop_at = (!compat.is_reference()).then_some(STOP);
-    Answering { max_new: model.max_new_tokens as usize, stop_at, template }
+    Answering { max_new: model.max_new_tokens as usize, stop_at, memory: None, template }
 }
 
-fn bytes(dialogue: Dialogue) -> RowResult {
-    serde_json::to_vec(&dialogue.into_record()).map_err(|e| RowFailure::new(e.to_string()))
+/// Settings of the chat template: five words need no reasoning. Models that know no such setting pass over it.
+fn no_reasoning() -> Map<String, Value> {
+    Map::from_iter([("enable_thinking".to_owned(), Value::Bool(false))])
+}
+
+fn bytes(reply: Reply) -> RowResult {
+    serde_json::to_vec(&reply).map_err(|e| RowFailure::new(e.to_string()))
+}
+
+fn kept(bytes: &[u8]) -> Result<Reply, StageError> {
+    serde_json::from_slice(bytes).map_err(|e| StageError::bug(format!("a kept answer is not one: {e}")))
+}
+
+fn locked(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
+    // Whole between calls, so a panic elsewhere does no harm.
+    tally.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts what `function` computes, and ends the stage early where the model says nothing.
+struct Counted<'a, F> {
+    function: F,
+    tally: &'a Mutex<Tally>,
+    must_speak: bool,
+    /// The model's.
+    name: &'a str,
+}
+
+impl<F: RowFunction> RowFunction for Counted<'_, F> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+        let results = self.function.compute(rows)?;
+        let mut tally = locked(self.tally);
+        for bytes in results.iter().filter_map(|(_, result)| result.as_ref().ok()) {
+            let reply = kept(bytes)?;
+            tally.answers += 1;
+            tally.silent += u64::from(reply.is_silent());
+            tally.prompt_tokens += reply.prompt_tokens;
+            tally.answer_tokens += reply.answer_tokens;
+        }
+        Ok(results)
+    }
+
+    fn free_memory(&mut self) {
+        self.function.free_memory();
+    }
+
+    fn end(&mut self) -> Option<StageError> {
+        let tally = locked(self.tally);
+        let silent = self.must_speak && tally.answers >= MANY && tally.silent == tally.answers;
+        if silent { Some(silence(self.name, tally.answers)) } else { self.function.end() }
+    }
 }
 
 /// A model on this machine.
-struct Local<'a, S> {
+struct Local<'a> {
     chat: &'a ChatModel,
     pool: rayon::ThreadPool,
     how: Answering,
-    start: &'a S,
+    conversations: &'a [&'a [Message]],
 }
 
-impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Local<'_, S> {
+impl RowFunction for Local<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
-        let mut dialogues: Vec<Dialogue> = rows.iter().map(|row| (self.start)(*row)).collect();
-        let mut failures: Vec<Option<RowFailure>> = vec![None; rows.len()];
-        let mut open: Vec<usize> = (0..rows.len()).collect();
-        while !open.is_empty() {
-            let replies = self.replies(&open.iter().map(|at| dialogues[*at].messages()).collect::<Vec<_>>())?;
-            let mut going = Vec::new();
-            for (at, reply) in open.into_iter().zip(replies) {
-                match reply {
-                    Ok(reply) => {
-                        if !dialogues[at].take(reply) {
-                            going.push(at);
-                        }
-                    }
-                    Err(failure) => failures[at] = Some(failure),
-                }
-            }
-            open = going;
-        }
-        let results = dialogues.into_iter().zip(failures);
-        let results = results.map(|(dialogue, failure)| failure.map_or_else(|| bytes(dialogue), Err));
+        let conversations: Vec<&[Message]> = rows.iter().map(|row| self.conversations[*row]).collect();
+        let results = self.replies(&conversations)?.into_iter().map(|reply| reply.and_then(bytes));
         Ok(rows.iter().copied().zip(results).collect())
     }
 }
 
-impl<S: Sync> Local<'_, S> {
+impl Local<'_> {
     /// The model's next turn in each conversation. One that it cannot take (too long) does not hold up the others.
     fn replies(&self, conversations: &[&[Message]]) -> Result<Vec<Result<Reply, RowFailure>>, StageError> {
         let threads = self.pool.current_num_threads();
@@ -211,6 +364,7 @@ impl<S: Sync> Local<'_, S> {
                 .map(|answer| {
                     Ok(Reply {
                         text: answer.text,
+                        cut: answer.cut,
                         prompt_tokens: answer.prompt_tokens as u64,
                         answer_tokens: answer.answer_tokens as u64,
                     })
@@ -229,38 +383,51 @@ impl<S: Sync> Local<'_, S> {
 }
 
 /// A server.
-struct Served<'a, S> {
+struct Served<'a> {
     endpoint: &'a Endpoint,
     model: &'a LanguageModel,
     compat: Compat,
-    start: &'a S,
-    /// Why nothing can be asked any more; told once everything that was answered is kept.
-    end: Option<StageError>,
+    conversations: &'a [&'a [Message]],
+    takes_settings: &'a OnceLock<bool>,
 }
 
-impl<S: Fn(usize) -> Dialogue + Sync> RowFunction for Served<'_, S> {
+impl RowFunction for Served<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
-        let answers = self.endpoint.each(rows, |row| {
-            let mut dialogue = (self.start)(*row);
-            loop {
-                let reply = self.endpoint.post("chat/completions", self.body(dialogue.messages()), reply)?;
-                if dialogue.take(reply) {
-                    return Ok(dialogue);
-                }
-            }
-        });
-        let gathered = gather(answers);
-        self.end = gathered.end;
-        let results = gathered.results.into_iter().map(|result| result.and_then(bytes));
-        Ok(rows.iter().copied().zip(results).collect())
-    }
-
-    fn end(&mut self) -> Option<StageError> {
-        self.end.take()
+        rows.iter()
+            .map(|row| match self.post(self.conversations[*row]) {
+                Ok(reply) => Ok((*row, bytes(reply))),
+                Err(error) => Ok((*row, Err(error.of_one()?))),
+            })
+            .collect()
     }
 }
 
-impl<S> Served<'_, S> {
+impl Served<'_> {
+    /// The answer to a conversation. Until the server is known to take settings of the template, a request that it
+    /// refuses is sent once more without them: if that helps, so are all others.
+    fn post(&self, messages: &[Message]) -> Result<Reply, CallError> {
+        let post = |body| self.endpoint.post("chat/completions", body, reply);
+        let plain = self.body(messages);
+        if self.compat.is_reference() || self.takes_settings.get() == Some(&false) {
+            return post(plain);
+        }
+        let mut quick = plain.clone();
+        quick.insert(TEMPLATE_SETTINGS.to_owned(), Value::Object(no_reasoning()));
+        let answer = post(quick);
+        match (&answer, self.takes_settings.get()) {
+            (Err(CallError::Refused(_)), None | Some(false)) => {
+                let answer = post(plain)?;
+                self.takes_settings.get_or_init(|| false);
+                return Ok(answer);
+            }
+            (Ok(_), None) => {
+                self.takes_settings.get_or_init(|| true);
+            }
+            _ => {}
+        }
+        answer
+    }
+
     fn body(&self, messages: &[Message]) -> Map<String, Value> {
         let mut body = Map::from_iter([
             ("model".to_owned(), json!(self.model.model)),
@@ -286,5 +453,6 @@ fn reply(answer: &Value) -> Result<Reply, String> {
         _ => return Err("a choice without a message".into()),
     };
     let tokens = |name: &str| answer["usage"][name].as_u64().unwrap_or_default();
-    Ok(Reply { text, prompt_tokens: tokens("prompt_tokens"), answer_tokens: tokens("completion_tokens") })
+    let (prompt_tokens, answer_tokens) = (tokens("prompt_tokens"), tokens("completion_tokens"));
+    Ok(Reply { text, cut: choice["finish_reason"] == "length", prompt_tokens, answer_tokens })
 }

@@ -3,28 +3,41 @@
 use grlm_nn::chat::Message;
 use serde::{Deserialize, Serialize};
 
-use super::super::parse;
+use super::super::parse::{self, Unusable};
 use crate::{Compat, artifact::TID_LENGTH};
 
 /// How every request for five words ends.
 pub const FORM: &str = "Answer with exactly five words in square brackets, separated by commas, and nothing else, as in \
                         [first, second, third, fourth, fifth]:";
 
-/// What a model said at last, and what it took: the result of a row.
+/// An answer to one request: the result of a row.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// The last answer, as it came.
-    pub answer: String,
-    /// How often the model was asked.
-    pub attempts: u32,
-    /// Tokens of all prompts and of all answers, as far as the server tells.
+pub struct Reply {
+    /// As it came.
+    pub text: String,
+    /// It ended because it was as long as it may be.
+    pub cut: bool,
+    /// Tokens, as far as the server tells.
     pub prompt_tokens: u64,
     pub answer_tokens: u64,
 }
 
-/// An answer to one request.
-pub struct Reply {
-    pub text: String,
+impl Reply {
+    /// Whether there is nothing but reasoning, if that.
+    pub fn is_silent(&self) -> bool {
+        parse::without_thoughts(&self.text).is_empty()
+    }
+}
+
+/// What a model said at last, and what it took.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Record {
+    pub answer: String,
+    /// As [`Reply::cut`].
+    pub cut: bool,
+    /// How often the model was asked.
+    pub attempts: u32,
+    /// Tokens of all prompts and of all answers.
     pub prompt_tokens: u64,
     pub answer_tokens: u64,
 }
@@ -55,14 +68,15 @@ impl Dialogue {
         self.record.prompt_tokens += reply.prompt_tokens;
         self.record.answer_tokens += reply.answer_tokens;
         self.record.answer = reply.text;
+        self.record.cut = reply.cut;
         if self.compat.is_reference() || self.record.attempts >= self.max_attempts {
             return true;
         }
-        match parse::fixed(without_thoughts(&self.record.answer)) {
+        match parse::fixed(&self.record.answer, self.record.cut) {
             Ok(_) => true,
             Err(unusable) => {
-                self.messages.push(Message::assistant(self.record.answer.clone()));
-                self.messages.push(Message::user(complaint(&unusable.words)));
+                self.messages.push(Message::assistant(parse::without_thoughts(&self.record.answer)));
+                self.messages.push(Message::user(complaint(&unusable)));
                 false
             }
         }
@@ -73,22 +87,17 @@ impl Dialogue {
     }
 }
 
-/// What was wrong with an answer in which only `words` could be read.
-fn complaint(words: &[String]) -> String {
-    let found = match words {
-        [] => "no words".to_owned(),
-        [one] => format!("one word (`{one}`)"),
-        several => format!("{} words (`{}`)", several.len(), several.join("`, `")),
+/// What was wrong with an answer.
+fn complaint(unusable: &Unusable) -> String {
+    let problem = match unusable {
+        Unusable::Repeated { word, .. } => format!("the word `{word}` twice. Use {TID_LENGTH} different words"),
+        Unusable::TooFew(words) => match words.as_slice() {
+            [] => format!("no words instead of {TID_LENGTH}"),
+            [one] => format!("one word (`{one}`) instead of {TID_LENGTH}"),
+            several => format!("{} words (`{}`) instead of {TID_LENGTH}", several.len(), several.join("`, `")),
+        },
     };
-    format!("That answer holds {found} instead of {TID_LENGTH}. {FORM}")
-}
-
-/// An answer without the reasoning that some models put before it.
-pub fn without_thoughts(answer: &str) -> &str {
-    match answer.rsplit_once("</think>") {
-        Some((_, said)) => said.trim_start(),
-        None => answer,
-    }
+    format!("That answer holds {problem}. {FORM}")
 }
 
 #[cfg(test)]
@@ -96,7 +105,7 @@ mod tests {
     use super::*;
 
     fn reply(text: &str) -> Reply {
-        Reply { text: text.into(), prompt_tokens: 10, answer_tokens: 2 }
+        Reply { text: text.into(), cut: false, prompt_tokens: 10, answer_tokens: 2 }
     }
 
     fn dialogue(compat: Compat) -> Dialogue {
@@ -113,7 +122,20 @@ mod tests {
         assert!(talk.take(reply("<think>[x, y]</think>\n\n[a, b, c, d, e]")));
         let record = talk.into_record();
         assert_eq!((record.attempts, record.prompt_tokens, record.answer_tokens), (2, 20, 4));
-        assert!(parse::fixed(without_thoughts(&record.answer)).is_ok());
+        assert!(parse::fixed(&record.answer, record.cut).is_ok());
+    }
+
+    #[test]
+    fn a_repeated_word_and_a_cut_one_are_asked_again() {
+        let mut talk = dialogue(Compat::Fixed);
+        assert!(!talk.take(reply("<think>x</think>[tape, tape, tape, tape, tape]")));
+        assert_eq!(talk.messages()[1].content, "[tape, tape, tape, tape, tape]");
+        assert!(
+            talk.messages()[2].content.starts_with("That answer holds the word `tape` twice. Use 5 different words.")
+        );
+        let mut talk = dialogue(Compat::Fixed);
+        assert!(!talk.take(Reply { cut: true, ..reply("[steel, bolt, fastener, zinc, pl") }));
+        assert!(talk.messages()[2].content.starts_with("That answer holds 4 words"));
     }
 
     #[test]
@@ -123,7 +145,8 @@ mod tests {
         assert_eq!((talk.messages().len(), talk.into_record().answer.as_str()), (5, "[a]"));
         let mut talk = dialogue(Compat::Reference);
         assert!(talk.take(reply("")));
-        assert_eq!(complaint(&[]).split('.').next(), Some("That answer holds no words instead of 5"));
-        assert!(complaint(&["a".into()]).contains("one word (`a`)"));
+        let begins = |unusable: Unusable| complaint(&unusable).split('.').next().unwrap().to_owned();
+        assert_eq!(begins(Unusable::TooFew(Vec::new())), "That answer holds no words instead of 5");
+        assert_eq!(begins(Unusable::TooFew(vec!["a".into()])), "That answer holds one word (`a`) instead of 5");
     }
 }

@@ -1,7 +1,7 @@
 //! Rounds of questions about items that share a TID: the first in catalogue order keeps it, the others are asked for a
-//! word that tells them apart.
+//! word that tells them apart. Their other words stay, whatever else an answer says.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use grlm_nn::chat::Message;
 
@@ -17,8 +17,10 @@ pub struct Rounds<'a> {
     found: &'a mut [Found],
     /// TID → the item that has it, where it is not a given one.
     owners: HashMap<Vec<String>, Option<usize>>,
-    /// Items that share a TID, and the last words that did not help.
-    open: BTreeMap<usize, Vec<String>>,
+    /// The words of a TID but the last → the last words that are taken after them.
+    last_words: HashMap<Vec<String>, BTreeSet<String>>,
+    /// Items that share a TID, and the last words that they were told to be taken.
+    open: BTreeMap<usize, BTreeSet<String>>,
     given_up: usize,
 }
 
@@ -29,64 +31,81 @@ impl<'a> Rounds<'a> {
         found: &'a mut [Found],
         taken: impl IntoIterator<Item = Vec<String>>,
     ) -> Self {
-        let mut owners: HashMap<Vec<String>, Option<usize>> = taken.into_iter().map(|words| (words, None)).collect();
-        let mut open = BTreeMap::new();
-        for (place, one) in found.iter().enumerate().filter(|(_, one)| one.problem.is_none() && !one.words.is_empty()) {
-            if owners.contains_key(&one.words) {
-                open.insert(place, Vec::new());
+        let prompts = places.iter().copied().zip(prompts).collect();
+        let (owners, last_words, open) = Default::default();
+        let mut rounds = Self { prompts, found, owners, last_words, open, given_up: 0 };
+        for words in taken {
+            rounds.own(words, None);
+        }
+        for place in 0..rounds.found.len() {
+            let one = &rounds.found[place];
+            if one.problem.is_some() || one.words.is_empty() {
+                continue;
+            }
+            if rounds.owners.contains_key(&one.words) {
+                rounds.open.insert(place, BTreeSet::new());
             } else {
-                owners.insert(one.words.clone(), Some(place));
+                rounds.own(one.words.clone(), Some(place));
             }
         }
-        let prompts = places.iter().copied().zip(prompts).collect();
-        Self { prompts, found, owners, open, given_up: 0 }
+        rounds
+    }
+
+    fn own(&mut self, words: Vec<String>, owner: Option<usize>) {
+        if let Some((last, others)) = words.split_last() {
+            self.last_words.entry(others.to_vec()).or_default().insert(last.clone());
+        }
+        self.owners.insert(words, owner);
     }
 
     /// What is asked now, in catalogue order.
-    pub fn questions(&self, title: &dyn Fn(usize) -> String) -> (Vec<usize>, Vec<Vec<Message>>) {
-        let question = |(place, tried): (&usize, &Vec<String>)| {
+    pub fn questions(&mut self, title: &dyn Fn(usize) -> String) -> (Vec<usize>, Vec<Vec<Message>>) {
+        let question = |(place, told): (&usize, &mut BTreeSet<String>)| {
             let mut conversation = (*self.prompts.get(place)?).clone();
             let words = &self.found[*place].words;
+            let (_, others) = words.split_last()?;
+            told.clone_from(self.last_words.get(others)?);
             let other = match self.owners.get(words).copied().flatten() {
                 Some(owner) => format!(" ({})", title(owner).chars().take(SHOWN).collect::<String>()),
                 None => String::new(),
             };
-            let last = words.last().map_or("", String::as_str);
-            let mut not: Vec<&str> = vec![last];
-            not.extend(tried.iter().map(String::as_str).filter(|word| *word != last));
+            let not = told.iter().map(String::as_str).collect::<Vec<_>>().join("`, `");
             conversation.push(Message::assistant(format!("[{}]", words.join(", "))));
             conversation.push(Message::user(format!(
                 "Another product{other} has the same five words. Keep the first four, and put in place of the last one a \
-                 word that fits this product and not the other; not `{}`. {FORM}",
-                not.join("`, `")
+                 word that fits this product and not the other; not `{not}`. {FORM}"
             )));
             Some((*place, conversation))
         };
-        self.open.iter().filter_map(question).unzip()
+        self.open.iter_mut().filter_map(question).unzip()
     }
 
     /// Takes the answer about the item at `place`, if there is one.
     pub fn take(&mut self, place: usize, answer: Option<Found>) {
-        let Some(answer) = answer.filter(|answer| answer.problem.is_none()) else {
-            // The same question would have the same answer.
-            self.open.remove(&place);
-            self.given_up += 1;
-            return;
-        };
-        if self.owners.contains_key(&answer.words) {
-            if let (Some(tried), Some(last)) = (self.open.get_mut(&place), answer.words.last()) {
-                if tried.contains(last) || self.found[place].words.last() == Some(last) {
-                    self.open.remove(&place);
-                    self.given_up += 1;
-                } else {
-                    tried.push(last.clone());
-                }
+        let answer = answer.filter(|answer| answer.problem.is_none());
+        match answer.and_then(|answer| Some((self.told_apart(place, &answer)?, answer))) {
+            Some((words, _)) if self.owners.contains_key(&words) => {
+                // Another answer of this round had it: the next question names it.
             }
-        } else {
-            self.owners.insert(answer.words.clone(), Some(place));
-            self.found[place] = answer;
-            self.open.remove(&place);
+            Some((words, answer)) => {
+                self.own(words.clone(), Some(place));
+                self.found[place] = Found { words, ..answer };
+                self.open.remove(&place);
+            }
+            None => {
+                // The same question would have the same answer.
+                self.open.remove(&place);
+                self.given_up += 1;
+            }
         }
+    }
+
+    /// The item's words with the answer's new one as the last; `None` where it has none that is new.
+    fn told_apart(&self, place: usize, answer: &Found) -> Option<Vec<String>> {
+        let (old, told) = (&self.found[place].words, self.open.get(&place)?);
+        let new = answer.words.iter().rev().find(|word| !old.contains(word) && !told.contains(*word))?;
+        let (_, others) = old.split_last()?;
+        Some(others.iter().chain([new]).cloned().collect())
     }
 
     /// How many items still share their TID with another.
@@ -120,7 +139,8 @@ mod tests {
         assert_eq!(questions[0][1].content, "[a, b, c, d, e]");
         assert!(questions[0][2].content.starts_with("Another product (title 0) has the same five words."));
         assert!(questions[2][2].content.starts_with("Another product has the same five words."));
-        rounds.take(1, Some(found("a b c d x")));
+        // A new word stands behind the old ones, wherever the answer has it.
+        rounds.take(1, Some(found("x a b c d")));
         rounds.take(3, Some(found("a b c d x")));
         rounds.take(4, None);
         let (asked, questions) = rounds.questions(&title);
@@ -129,7 +149,19 @@ mod tests {
         rounds.take(3, Some(found("a b c d y")));
         assert!(rounds.questions(&title).0.is_empty());
         assert_eq!(rounds.left(), 1);
-        assert_eq!((all[1].output.as_str(), all[3].output.as_str()), ("a b c d x", "a b c d y"));
+        assert_eq!((all[1].words.join(" ").as_str(), all[3].words.join(" ").as_str()), ("a b c d x", "a b c d y"));
+    }
+
+    #[test]
+    fn a_question_names_every_word_that_the_group_has_taken() {
+        let prompts: Vec<Vec<Message>> = (0..3).map(|p| vec![Message::user(format!("item {p}"))]).collect();
+        let mut all = vec![found("a b c d e"), found("a b c d e"), found("a b c d g")];
+        let given = "a b c d f".split(' ').map(str::to_owned).collect();
+        let mut rounds = Rounds::new(&[0, 1, 2], &prompts, &mut all, [given]);
+        let (_, questions) = rounds.questions(&|_| String::new());
+        assert!(questions[0][2].content.contains("not `e`, `f`, `g`."), "{}", questions[0][2].content);
+        rounds.take(1, Some(found("a b c d g")));
+        assert_eq!((rounds.questions(&|_| String::new()).0.len(), rounds.left()), (0, 1), "it was told");
     }
 
     #[test]

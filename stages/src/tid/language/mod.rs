@@ -2,7 +2,7 @@
 //! is of no use, and asked for another last word where two items would share a TID.
 //!
 //! Every answer is a row of its own: it is kept under its conversation, the model and how it decodes, and is asked
-//! for again only when one of these changes.
+//! for again only when one of these changes. Neither the server's address nor the number of attempts is among them.
 
 use std::collections::HashMap;
 
@@ -26,7 +26,7 @@ mod distinguish;
 mod tests;
 
 pub use ask::{Asker, PLACE};
-use dialogue::{Record, without_thoughts};
+use dialogue::Record;
 
 /// A language model that is asked for each item's words: a folder on this machine, or the name by which a server at
 /// `endpoint` knows it.
@@ -44,10 +44,13 @@ pub struct LanguageModel {
     /// Longest answer, in tokens.
     #[serde(default = "max_new_tokens")]
     pub max_new_tokens: u32,
-    /// How often an item is asked for before its answer counts as invalid; also how many rounds of questions there
-    /// are about items that share a TID.
+    /// How often an item is asked for before its answer counts as invalid. More attempts go on from the answers that
+    /// there are.
     #[serde(default = "max_attempts")]
     pub max_attempts: u32,
+    /// How many rounds of questions there are about items that share a TID, with `resolve_collisions`.
+    #[serde(default = "collision_rounds")]
+    pub collision_rounds: u32,
     /// The address of a server that speaks OpenAI's `/v1/chat/completions`, such as `http://localhost:8000/v1`.
     #[serde(default)]
     pub endpoint: Option<String>,
@@ -76,6 +79,10 @@ fn max_attempts() -> u32 {
     3
 }
 
+fn collision_rounds() -> u32 {
+    3
+}
+
 impl LanguageModel {
     pub fn check(&self) -> Vec<ParamIssue> {
         let mut issues = Vec::new();
@@ -85,8 +92,16 @@ impl LanguageModel {
         if self.max_attempts == 0 {
             issues.push(ParamIssue::new("extractor.max_attempts", "must be at least 1"));
         }
+        if self.collision_rounds == 0 {
+            let message = "must be at least 1; `resolve_collisions: false` asks no such questions";
+            issues.push(ParamIssue::new("extractor.collision_rounds", message));
+        }
         if self.max_new_tokens == 0 {
             issues.push(ParamIssue::new("extractor.max_new_tokens", "must be at least 1"));
+        }
+        if self.endpoint.is_some() && self.dtype != Dtype::default() {
+            let message = "is the server's to say: it has no meaning beside `endpoint`";
+            issues.push(ParamIssue::new("extractor.dtype", message));
         }
         issues.extend(self.endpoint_settings().check("extractor", self.endpoint.as_deref()));
         if self.endpoint.is_none() && issues.is_empty() {
@@ -159,6 +174,11 @@ impl Catalogue<'_> {
         };
         asked.map(prompt).unzip()
     }
+
+    /// The ids of items at some places.
+    fn names(&self, places: &[usize]) -> Vec<String> {
+        places.iter().map(|place| self.items[*place].id.to_string()).collect()
+    }
 }
 
 /// Words for each item; items that are not asked about have none, and no problem.
@@ -180,7 +200,7 @@ pub fn extract(
         })
         .collect();
     let mut spent = Spent::default();
-    for (place, answer) in places.iter().zip(asker.ask(cx, &prompts)?) {
+    for (place, answer) in places.iter().zip(asker.ask(cx, &catalogue.names(&places), &prompts)?) {
         found[*place] = match answer {
             Ok(record) => {
                 spent.add(&record);
@@ -192,10 +212,11 @@ pub fn extract(
     Ok((found, spent))
 }
 
-/// Asks for other words where items share a TID; `taken` are TIDs that are given. Returns how many still share theirs.
+/// Asks for other words where items share a TID; `taken` are TIDs that are given. Returns how many still share theirs,
+/// be it that the model had no other word or no answer.
 ///
 /// # Errors
-/// As [`extract`].
+/// The model cannot be used.
 pub fn distinguish(
     cx: &mut StageContext,
     asker: &mut Asker,
@@ -216,7 +237,7 @@ pub fn distinguish(
         if asked.is_empty() {
             break;
         }
-        let answers = asker.ask(cx, &questions)?;
+        let answers = asker.ask_further(cx, &catalogue.names(&asked), &questions)?;
         for (place, answer) in asked.into_iter().zip(answers) {
             let record = answer.ok();
             spent_on(spent, record.as_ref());
@@ -241,11 +262,11 @@ fn read(record: &Record, compat: Compat) -> Found {
         return Found { words, output: parse::reference_output(answer).to_owned(), problem };
     }
     let output = answer.trim().to_owned();
-    match parse::fixed(without_thoughts(answer)) {
+    match parse::fixed(answer, record.cut) {
         Ok(words) => Found { words: words.to_vec(), output, problem: None },
         Err(unusable) => {
             let problem = format!("{unusable}, asked {} times", record.attempts);
-            Found { words: unusable.words, output, problem: Some(problem) }
+            Found { words: unusable.into_words(), output, problem: Some(problem) }
         }
     }
 }

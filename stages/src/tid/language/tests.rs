@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -107,6 +110,13 @@ fn every_item_has_its_words_whatever_the_server_does() {
     let again = run(&bench, with("http://127.0.0.1:9/v1"));
     assert_eq!(again.text("tids"), ran.text("tids"));
     assert_eq!(again.text("statistics"), ran.text("statistics"));
+    // Told, and not counted as spent again.
+    let spent = |ran: &Ran| (ran.metric("prompt_tokens"), ran.metric("answer_tokens"));
+    assert_eq!(spent(&ran), (Some(24.0 * 7.0), Some(24.0 * 5.0)));
+    assert_eq!(spent(&again), (Some(0.0), Some(0.0)));
+    for words in ["24 of 24 items are known", "24 answers of `m` were asked for earlier", "0 questions asked in"] {
+        assert!(again.logs().iter().any(|line| line.contains(words)), "{words}: {:?}", again.logs());
+    }
 }
 
 #[test]
@@ -121,10 +131,15 @@ fn requests_are_as_the_interface_wants_them() {
     let mut body = seen.body.clone();
     assert!(body["messages"][0]["content"].as_str().unwrap().contains("Title: Soap no. 0 of ours"));
     body["messages"] = json!(body["messages"].as_array().unwrap().len());
-    assert_eq!(body, json!({"model": "m", "messages": 1, "max_tokens": 50, "stop": ["]"], "seed": 1}));
+    let settings = json!({"enable_thinking": false});
+    let expected = json!({
+        "model": "m", "messages": 1, "max_tokens": 50, "stop": ["]"], "seed": 1, "chat_template_kwargs": settings,
+    });
+    assert_eq!(body, expected);
     with["compat"] = json!("reference");
     run(&Bench::new().input("items", items(1)), with);
-    assert!(server.seen()[1].body.get("stop").is_none());
+    let body = &server.seen()[1].body;
+    assert!(body.get("stop").is_none() && body.get("chat_template_kwargs").is_none());
 }
 
 #[test]
@@ -144,7 +159,7 @@ fn an_unusable_answer_is_asked_again_and_never_padded() {
     assert_eq!(ran.lines("tids")[1]["summary_words"], json!([]));
     let invalid = ran.lines("invalid");
     assert_eq!((invalid.len(), &invalid[0]["id"], &invalid[0]["answer"]), (1, &json!("1"), &json!("I cannot say.")));
-    assert_eq!(invalid[0]["reason"], "3 of 5 words in the answer, asked 3 times");
+    assert_eq!(invalid[0]["reason"], "1 of 5 words in the answer, asked 3 times");
     assert_eq!(server.seen().len(), 2 + 3);
     assert_eq!(ran.json("statistics")["extraction"]["asked_again"], 1 + 2);
     assert_eq!(ran.json("statistics")["summary"]["valid_share"], 0.5);
@@ -191,20 +206,24 @@ fn items_that_share_a_tid_are_told_apart_by_asking() {
 
 #[test]
 fn a_refused_item_fails_alone_and_a_rerun_asks_for_it_alone() {
-    let server = Server::start(|request| match number(request) {
-        2 if request.number < 6 => Reply::Status(400, "", json!({"error": {"message": "too long"}})),
+    let mended = Arc::new(AtomicBool::new(false));
+    let now = Arc::clone(&mended);
+    let server = Server::start(move |request| match number(request) {
+        2 if !now.load(Ordering::SeqCst) => Reply::Status(400, "", json!({"error": {"message": "too long"}})),
         number => Reply::Json(completion(&words(number))),
     });
     let memo = MemoryMemo::default();
     let bench = Bench::new().input("items", items(6)).memo(&memo);
     let error = bench.run("tid", with(&server.url())).unwrap_err();
     assert_eq!(error.failure(), Failure::FailedRows);
-    assert!(error.to_string().starts_with("1 of 6 items failed; item 3: http://"), "{error}");
+    assert!(error.to_string().starts_with("1 of 6 items failed; item `2`: http://"), "{error}");
     assert!(error.to_string().ends_with("status 400: too long"), "{error}");
     assert_eq!(memo.len(SPACE), 5);
+    let before = server.seen().len();
+    mended.store(true, Ordering::SeqCst);
     let ran = run(&bench, with(&server.url()));
     assert_eq!(tid(&ran, 2), "soap bar mild olive no-2");
-    assert_eq!(server.seen().len(), 7);
+    assert_eq!(server.seen().len(), before + 1);
 
     let server = Server::start(|request| match number(request) {
         2 => Reply::Status(400, "", json!({"error": {"message": "too long"}})),
@@ -214,6 +233,119 @@ fn a_refused_item_fails_alone_and_a_rerun_asks_for_it_alone() {
     lenient["max_failed_rows"] = json!(1);
     let ran = run(&Bench::new().input("items", items(6)), lenient);
     assert!(ran.lines("invalid")[0]["reason"].as_str().unwrap().ends_with("too long"));
+}
+
+fn turns(request: &Request) -> usize {
+    request.body["messages"].as_array().unwrap().len()
+}
+
+#[test]
+fn more_attempts_go_on_from_the_answers_there_are() {
+    let server = Server::start(|request| match turns(request) {
+        5 => Reply::Json(completion(&words(number(request)))),
+        _ => Reply::Json(completion("[soap]")),
+    });
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", items(2)).memo(&memo);
+    let mut with = with(&server.url());
+    with["extractor"]["max_attempts"] = json!(2);
+    assert_eq!(run(&bench, with.clone()).lines("invalid").len(), 2);
+    assert_eq!(server.seen().len(), 4);
+    with["extractor"]["max_attempts"] = json!(3);
+    let ran = run(&bench, with.clone());
+    assert_eq!((tid(&ran, 1), server.seen().len()), ("soap bar mild olive no-1".to_owned(), 6));
+    assert_eq!(
+        (ran.metric("prompt_tokens"), &ran.json("statistics")["extraction"]["prompt_tokens"]),
+        (Some(14.0), &json!(42))
+    );
+    // Fewer are as if there had never been more.
+    with["extractor"]["max_attempts"] = json!(1);
+    assert_eq!(run(&bench, with).lines("invalid")[0]["reason"], "1 of 5 words in the answer, asked 1 times");
+    assert_eq!(server.seen().len(), 6);
+}
+
+#[test]
+fn a_cut_answer_is_asked_again() {
+    let server = Server::start(|request| {
+        let mut cut = completion("[steel, hexagonal, bolt, fastener, zinc-pl");
+        cut["choices"][0]["finish_reason"] = json!("length");
+        Reply::Json(if turns(request) == 1 { cut } else { completion("[steel, hexagonal, bolt, fastener, zinc") })
+    });
+    let ran = run(&Bench::new().input("items", items(1)), with(&server.url()));
+    assert_eq!(tid(&ran, 0), "steel hexagonal bolt fastener zinc");
+}
+
+#[test]
+fn a_server_that_refuses_settings_of_the_template_is_asked_without_from_then_on() {
+    let server = Server::start(|request| match request.body.get("chat_template_kwargs") {
+        Some(_) => Reply::Status(422, "", json!({"detail": "extra fields not permitted"})),
+        None => Reply::Json(completion(&words(number(request)))),
+    });
+    let mut with = with(&server.url());
+    with["extractor"]["concurrency"] = json!(1);
+    let ran = run(&Bench::new().input("items", items(6)), with);
+    assert_eq!(tid(&ran, 5), "soap bar mild olive no-5");
+    assert_eq!(server.seen().len(), 6 + 1);
+    let told = |line: &&str| line.contains("takes no `chat_template_kwargs`");
+    assert_eq!(ran.logs().into_iter().filter(told).count(), 1);
+}
+
+#[test]
+fn a_model_that_says_nothing_ends_the_stage_early() {
+    for nothing in ["", "<think>\nOkay, let me see, the user wants five words"] {
+        let server = Server::start(move |_| Reply::Json(completion(nothing)));
+        let bench = Bench::new().input("items", items(100));
+        let error = bench.run("tid", with(&server.url())).unwrap_err();
+        assert_eq!(error.failure(), Failure::FailedRows);
+        assert!(error.to_string().starts_with("`m` says nothing: "), "{error}");
+        assert!(error.help_text().unwrap().contains("`max_new_tokens`"));
+        assert!((16..30).contains(&server.seen().len()), "{}", server.seen().len());
+        // A few may be like that.
+        let ran = run(&Bench::new().input("items", items(2)), with(&server.url()));
+        assert!(ran.logs().iter().any(|line| line.contains("says nothing: 2 answers")));
+        assert_eq!(ran.lines("invalid").len(), 2);
+    }
+}
+
+#[test]
+fn a_refused_question_about_a_collision_leaves_the_shared_tid() {
+    let same = || Reply::Json(completion("[soap, bar, mild, olive, green]"));
+    let refusing = move |status: u16| {
+        Server::start(move |request| match turns(request) {
+            1 => same(),
+            _ => Reply::Status(status, "", json!({"error": {"message": "context too long"}})),
+        })
+    };
+    let server = refusing(400);
+    let ran = run(&Bench::new().input("items", items(3)), with(&server.url()));
+    assert!((0..3).all(|line| tid(&ran, line) == "soap bar mild olive green"));
+    assert_eq!(ran.json("statistics")["summary"]["collision_rate"], 2.0 / 3.0);
+    for words in ["2 of 2 questions failed; question `1`: ", "2 items share their TID with another"] {
+        assert!(ran.logs().iter().any(|line| line.contains(words)), "{words}: {:?}", ran.logs());
+    }
+    // A server that answers nobody is another matter.
+    let server = refusing(401);
+    let error = Bench::new().input("items", items(3)).run("tid", with(&server.url())).unwrap_err();
+    assert!(error.to_string().contains("status 401"), "{error}");
+}
+
+#[test]
+fn rounds_about_collisions_have_a_number_of_their_own() {
+    // Each is given the first word that its question does not name.
+    let server = Server::start(|request| {
+        let last = request.body["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap();
+        let color =
+            ["green", "red", "blue", "grey", "pink"].into_iter().find(|word| !last.contains(&format!("`{word}`")));
+        Reply::Json(completion(&format!("[soap, bar, mild, olive, {}]", color.unwrap())))
+    });
+    let shared = |rounds: Value| {
+        let mut with = with(&server.url());
+        with["extractor"]["max_attempts"] = json!(1);
+        with["extractor"]["collision_rounds"] = rounds;
+        run(&Bench::new().input("items", items(5)), with).json("statistics")["conflict_analysis"]["total_conflicts"]
+            .clone()
+    };
+    assert_eq!([shared(json!(1)), shared(json!(2)), shared(json!(4))], [3, 2, 0]);
 }
 
 /// The tiny random Qwen3 that serves as encoder and, having a chat template, as extractor; with room for real prompts.
@@ -248,18 +380,20 @@ fn one_changed_title_costs_one_embedding_and_the_answers_whose_prompts_changed()
         let with = json!({"encoder": {"model": model, "max_tokens": 64}, "top_k": 3});
         Bench::new().threads(2).input("items", items).memo(&memo).run("similarity", with).unwrap().text("neighbors")
     };
-    let tid = |items: &str, neighbors: &str| {
-        let with = json!({
-            "extractor": {"model": model, "max_new_tokens": 6, "max_attempts": 2},
+    let with = |max_attempts: usize| {
+        json!({
+            "extractor": {"model": model, "max_new_tokens": 6, "max_attempts": max_attempts},
             "neighbors": 3,
             "resolve_collisions": false,
-        });
+        })
+    };
+    let tid = |items: &str, neighbors: &str, max_attempts: usize| {
         Bench::new()
             .threads(2)
             .input("items", items)
             .input("neighbors", neighbors)
             .memo(&memo)
-            .run("tid", with)
+            .run("tid", with(max_attempts))
             .unwrap()
     };
     let (before, after) = (catalogue(None), catalogue(Some(7)));
@@ -287,17 +421,17 @@ fn one_changed_title_costs_one_embedding_and_the_answers_whose_prompts_changed()
     let changed = first.iter().zip(&second).filter(|(a, b)| a != b).count();
     assert!((2..20).contains(&changed), "{changed}: its neighbours show the title too");
 
-    let ran = tid(&before, &near_before);
+    let ran = tid(&before, &near_before, 1);
     assert_eq!(memo.len(SPACE), 20);
     let tokens = &ran.json("statistics")["extraction"];
     assert!(tokens["answers"] == 20 && tokens["prompt_tokens"].as_u64().unwrap() > 20 * 300, "{tokens}");
-    tid(&after, &near_after);
+    tid(&after, &near_after, 1);
     assert_eq!(memo.len(SPACE), 20 + changed);
 
     // On any number of devices and threads, and from nothing, the same bytes.
-    let with = json!({"extractor": {"model": model, "max_new_tokens": 6, "max_attempts": 2}, "neighbors": 3, "resolve_collisions": false});
+    let twice = tid(&before, &near_before, 2);
     let elsewhere = Bench::new().devices(3).threads(3).input("items", before).input("neighbors", near_before);
-    assert_eq!(elsewhere.run("tid", with).unwrap().text("tids"), ran.text("tids"));
+    assert_eq!(elsewhere.run("tid", with(2)).unwrap().text("tids"), twice.text("tids"));
 }
 
 #[test]
@@ -324,6 +458,27 @@ fn what_cannot_run_is_told_before_anything_is_asked() {
     assert_eq!(stage.models(&resolved).unwrap()["extractor.model"], "Qwen/Qwen3-4B");
 }
 
+/// The first answer comes when all others have come and are kept.
+#[test]
+fn a_slow_answer_holds_up_no_other() {
+    let memo = MemoryMemo::default();
+    let kept = memo.clone();
+    let server = Server::start(move |request| {
+        let start = std::time::Instant::now();
+        while request.number == 0 && kept.len(SPACE) < 23 && start.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        match request.number == 0 && kept.len(SPACE) < 23 {
+            true => Reply::Status(400, "", json!("the others wait")),
+            false => Reply::Json(completion(&words(number(request)))),
+        }
+    });
+    let with =
+        json!({"extractor": {"endpoint": server.url(), "model": "m", "concurrency": 2}, "resolve_collisions": false});
+    run(&Bench::new().input("items", items(24)).memo(&memo), with);
+    assert_eq!((memo.len(SPACE), memo.appended()), (24, 24));
+}
+
 /// With `GRLM_TEST_ENDPOINT=http://localhost:8000/v1` and `GRLM_TEST_ENDPOINT_MODEL=NAME`: a server that runs.
 #[test]
 fn a_running_server_answers_for_every_item() {
@@ -335,7 +490,7 @@ fn a_running_server_answers_for_every_item() {
     let with = json!({"extractor": {"endpoint": url, "model": model, "max_attempts": 2, "concurrency": 2}});
     let bench = Bench::new().input("items", items(4)).memo(&memo);
     let ran = run(&bench, with.clone());
-    assert_eq!(memo.len(SPACE), 4);
+    assert!(memo.len(SPACE) >= 4);
     let took = ran.json("statistics")["extraction"].clone();
     assert!(took["answers"] == 4 && took["answer_tokens"].as_u64().unwrap() > 0, "{took}");
     eprintln!("{took}\n{}", ran.text("tids"));
