@@ -3,7 +3,7 @@
 //! GPUs come from the driver's library, NVML, or where that cannot be loaded from `nvidia-smi`, which takes up to a
 //! second or two: ask for them only when a stage wants one. `CUDA_VISIBLE_DEVICES` narrows them, as it does for CUDA.
 
-use std::{env, fs, io, process::Command};
+use std::{env, io, process::Command};
 
 use super::{
     Gpu, Machine, Selection,
@@ -48,7 +48,9 @@ pub fn machine(selection: &Selection, with_gpus: bool) -> Result<Machine, Discov
         Selection::All => visible(found()?, env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()),
         Selection::Only(numbers) => only(&found()?, numbers)?,
     };
-    Ok(Machine { cpus: cpus(), memory: memory(), gpus })
+    // Without a figure there is nothing to account against.
+    let memory = grlm_stages::machine::total_memory().unwrap_or(u64::MAX);
+    Ok(Machine { cpus: cpus(), memory, gpus })
 }
 
 /// Number and GPU, of all that the driver shows; MIG instances have their GPU's number.
@@ -111,18 +113,6 @@ fn simulated(sizes: &[u64]) -> Vec<Gpu> {
 /// Cores this process may use: affinity and control groups considered.
 fn cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
-}
-
-/// Memory of this machine or of this process's control group, whichever is less.
-fn memory() -> u64 {
-    let total = grlm_stages::machine::total_memory();
-    let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| {
-        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
-        let limits = [format!("/sys/fs/cgroup/{path}/memory.max"), "/sys/fs/cgroup/memory.max".to_owned()];
-        limits.iter().find_map(|limit| fs::read_to_string(limit).ok()?.trim().parse().ok())
-    });
-    // Without a figure there is nothing to account against.
-    total.into_iter().chain(group).min().unwrap_or(u64::MAX)
 }
 
 /// Number and GPU, of all that the driver shows. No `nvidia-smi` means no GPU.

@@ -38,6 +38,16 @@ pub struct Instruction {
     pub instruction: String,
 }
 
+/// A file of prompts: what it leaves out is built in.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Given {
+    tid_extraction: Option<String>,
+    sft_meta2tid: Option<Prompt>,
+    sft_rec: Option<Instruction>,
+    sft_collaborative: Option<Prompt>,
+}
+
 /// The placeholders that each template must have, by its place in the file.
 pub const TEMPLATES: [(&str, &[&str]); 3] = [
     ("tid_extraction", &["title_line", "description_line", "neighbor_lines"]),
@@ -46,17 +56,23 @@ pub const TEMPLATES: [(&str, &[&str]); 3] = [
 ];
 
 impl Prompts {
-    /// Reads the texts at `path`; the built-in ones if there is none.
+    /// Reads the texts at `path`; the built-in ones for what it leaves out, or if there is no path.
     ///
     /// # Errors
     /// The file cannot be read, has another layout, or a template lacks a placeholder or has an unknown one.
     pub fn load(path: Option<&Path>) -> Result<Self, StageError> {
-        let Some(path) = path else { return Self::built_in() };
-        let prompts: Self =
+        let own = Self::built_in()?;
+        let Some(path) = path else { return Ok(own) };
+        let given: Given =
             serde_json::from_str(&text::read(path)?).map_err(|e| text::json_error(path, &e, "a file of prompts"))?;
-        prompts
-            .check()
-            .map_err(|message| StageError::input(path, message).help("see the built-in texts for an example"))?;
+        let prompts = Self {
+            tid_extraction: given.tid_extraction.unwrap_or(own.tid_extraction),
+            sft_meta2tid: given.sft_meta2tid.unwrap_or(own.sft_meta2tid),
+            sft_rec: given.sft_rec.unwrap_or(own.sft_rec),
+            sft_collaborative: given.sft_collaborative.unwrap_or(own.sft_collaborative),
+        };
+        let help = "docs/data.md lists the texts and what each must hold";
+        prompts.check().map_err(|message| StageError::input(path, message).help(help))?;
         Ok(prompts)
     }
 
@@ -145,6 +161,16 @@ mod tests {
         let prompts = Prompts::load(None).unwrap();
         prompts.check().unwrap();
         assert!(!prompts.sft_rec.instruction.trim().is_empty());
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_is_built_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.json");
+        let text = "Five words for {title_line} {description_line} {neighbor_lines}";
+        std::fs::write(&path, serde_json::json!({"tid_extraction": text}).to_string()).unwrap();
+        let own = Prompts::built_in().unwrap();
+        assert_eq!(Prompts::load(Some(&path)).unwrap(), Prompts { tid_extraction: text.into(), ..own });
     }
 
     #[test]
