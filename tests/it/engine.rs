@@ -2,6 +2,7 @@
 //! and that a killed run goes on.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -13,6 +14,9 @@ use serde_json::{Value, json};
 use crate::environment::{Environment, unwrapped};
 
 const ITEMS: usize = 48;
+/// Neighbours in a prompt.
+const SHOWN: usize = 3;
+const CHANGED: &str = "Lavender soap dish, hand made";
 
 const PIPELINE: &str = r#"
 name: engine
@@ -36,7 +40,7 @@ fn items(data: &Path, changed: Option<usize>) -> String {
     let all: serde_json::Map<String, Value> = serde_json::from_str(&text).unwrap();
     let mut some: serde_json::Map<String, Value> = all.into_iter().take(ITEMS).collect();
     if let Some((_, item)) = changed.and_then(|which| some.iter_mut().nth(which)) {
-        item["title"] = json!("Lavender soap dish, hand made");
+        item["title"] = json!(CHANGED);
     }
     Value::Object(some).to_string()
 }
@@ -78,6 +82,21 @@ fn missing(env: &Environment, stage: &str) -> Option<(u64, u64)> {
     Some((rows["missing"].as_u64()?, rows["total"].as_u64()?))
 }
 
+fn title(env: &Environment, id: &str) -> String {
+    let items: Value = serde_json::from_str(&env.read("items.json")).unwrap();
+    items[id]["title"].as_str().unwrap_or_default().to_owned()
+}
+
+/// The neighbours that each item's prompt shows.
+fn neighbors_shown(env: &Environment) -> BTreeMap<String, Vec<String>> {
+    let one = |line: &str| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let id = |of: &Value| of["id"].as_str().unwrap().to_owned();
+        (id(&line), line["neighbors"].as_array().unwrap().iter().take(SHOWN).map(id).collect())
+    };
+    env.read("out/engine/similarity/neighbors.jsonl").lines().map(one).collect()
+}
+
 /// Runs until so many rows of `tid` are done, then kills; returns how many were done.
 fn killed_at(env: &Environment, rows: u64) -> u64 {
     let arguments = ["run", "engine.yaml", "--message-format", "json"];
@@ -115,14 +134,20 @@ fn a_changed_title_costs_one_embedding_and_a_killed_run_goes_on() {
         assert_eq!(env.read(&format!("out/engine/{file}")), undisturbed.read(&format!("out/engine/{file}")), "{file}");
     }
 
+    let shown = neighbors_shown(&env);
     env.write("items.json", &items(&data, Some(20)));
     let (left, all) = missing(&env, "similarity").expect("rows are foreseen");
     assert!(left == 1 && all > 40, "{left} of {all}");
-    env.ok(&["run", "engine.yaml"]);
-    assert_ne!(env.read("out/engine/tid/tids.jsonl"), undisturbed.read("out/engine/tid/tids.jsonl"));
+    let answers = env.computed("engine.yaml", "tid");
+    let after = neighbors_shown(&env);
+    let id = after.keys().find(|id| title(&env, id) == CHANGED).expect("the changed item");
+    let reads_otherwise = |item: &String| item == id || after[item] != shown[item] || after[item].contains(id);
+    let wanted = after.keys().filter(|item| reads_otherwise(item)).count() as u64;
+    assert_eq!(answers, Some(wanted), "answers to the prompts that changed");
+    assert!((1..ITEMS as u64 / 2).contains(&wanted), "{wanted}");
     // And changed back: every row is there.
     env.write("items.json", &items(&data, None));
-    env.ok(&["run", "engine.yaml"]);
+    assert_eq!(env.computed("engine.yaml", "tid").unwrap_or(0), 0);
     assert_eq!(env.read("out/engine/tid/tids.jsonl"), undisturbed.read("out/engine/tid/tids.jsonl"));
 }
 

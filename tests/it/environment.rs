@@ -6,6 +6,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// A working folder with a `journal` that stages write a line to each time they really run.
@@ -71,6 +72,15 @@ impl Environment {
         let outcome = self.grlm(arguments);
         assert_eq!(outcome.code, code, "grlm {arguments:?}\n{}\n{}", outcome.stdout, outcome.stderr);
         outcome.stderr
+    }
+
+    /// Runs `pipeline`; returns how many rows `stage` computed, and `None` if it did not run.
+    pub fn computed(&self, pipeline: &str, stage: &str) -> Option<u64> {
+        let outcome = self.ok(&["run", pipeline, "--message-format", "json"]);
+        let mut events = outcome.stdout.lines().map(|line| serde_json::from_str::<Value>(line).expect("an event"));
+        let event = events
+            .find(|event| event["kind"] == "metric" && event["stage"] == stage && event["name"] == "rows.computed")?;
+        event["value"].as_f64().map(|rows| rows as u64)
     }
 
     /// The stages that ran since the last call, sorted; empties the journal.

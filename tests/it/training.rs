@@ -34,6 +34,19 @@ stages:
     resources: { cpus: 1 }
 "#;
 
+const RANK: &str = r#"
+name: rank
+stages:
+  sft_rec:
+    uses: sft_rec
+    inputs: { id2meta: { file: id2meta.json }, sequences: { file: sequences.txt } }
+    with: { format: compact }
+  generate:
+    uses: generate
+    inputs: { checkpoint: { file: checkpoint }, holdout: sft_rec.holdout, id2meta: { file: id2meta.json } }
+    with: { beams: 6, top_n: 6 }
+"#;
+
 fn environment() -> Environment {
     let env = Environment::new();
     env.write("learn.yaml", PIPELINE);
@@ -94,4 +107,18 @@ fn killed_five_times_it_ends_in_the_same_weights() {
     let found = result(&env);
     assert_eq!(found.0, wanted.0);
     assert!(found.1 == wanted.1, "the weights differ");
+}
+
+#[test]
+fn one_more_user_costs_generation_one_user() {
+    let env = environment();
+    env.ok(&["run", "learn.yaml", "--set", "train.with.steps=20"]);
+    fs::rename(env.path("out/learn/train/checkpoint"), env.path("checkpoint")).unwrap();
+    env.write("rank.yaml", RANK);
+    assert_eq!(env.computed("rank.yaml", "generate"), Some(60));
+    let before = env.read("out/rank/generate/rankings.jsonl");
+    env.write("sequences.txt", &(env.read("sequences.txt") + "new 3 1 4 15 9 2 6\n"));
+    assert_eq!(env.computed("rank.yaml", "generate"), Some(1));
+    let after = env.read("out/rank/generate/rankings.jsonl");
+    assert!(after.starts_with(&before) && after.lines().count() == 61);
 }
