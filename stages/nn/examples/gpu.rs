@@ -18,7 +18,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use grlm_nn::{
     generate::{Asked, Catalogue, Generator, Normalize, Trie, greedy},
-    qwen3::{Config, FloatType, Place, Prompt, Qwen3, Wanted},
+    qwen3::{Config, FloatType, Place, Qwen3, Room, Wanted},
 };
 use serde_json::json;
 
@@ -159,9 +159,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         |length| -> Vec<Vec<u32>> { (0..users).map(|_| noise.tokens(length, config.vocab_size)).collect() };
     let (short, long) = (prompts(prompt.min(64)), prompts(prompt));
     let embed = || -> Result<f64, grlm_nn::Error> {
-        let asked: Vec<Prompt> = short.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
+        let asked: Vec<&[u32]> = short.iter().map(Vec::as_slice).collect();
         let start = Instant::now();
-        model.read(&asked, Wanted::Last, 1)?;
+        let mut branches = model.branches(None, Room::of(&asked, 0))?;
+        model.read(&mut branches, &asked, Wanted::Last, 1)?;
         Ok(start.elapsed().as_secs_f64())
     };
     embed()?;

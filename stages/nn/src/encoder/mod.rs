@@ -12,7 +12,7 @@ use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
     Error,
-    qwen3::{Place, Prompt, Qwen3, Wanted},
+    qwen3::{Place, Qwen3, Room, Wanted},
 };
 
 mod bert;
@@ -167,9 +167,9 @@ impl Encoder {
         let (vectors, one_each) = match &self.network {
             Network::Bert(model) => (model.read(&present, threads)?, false),
             Network::Qwen3(model) => {
-                let prompts: Vec<Prompt> = present.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
                 let wanted = if last_only { Wanted::Last } else { Wanted::All };
-                (model.read(&prompts, wanted, threads)?.1, last_only)
+                let mut branches = model.branches(None, Room::of(&present, 0))?;
+                (model.read(&mut branches, &present, wanted, threads)?, last_only)
             }
         };
         let mut at = 0;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::{
     Error,
-    qwen3::{Branches, Prompt, Qwen3, Segment, Step, Wanted},
+    qwen3::{Branches, Qwen3, Room, Segment, Step, Wanted},
 };
 
 /// Rows (prompt tokens, or tokens of beams) that go through the network together: enough for the products to run at
@@ -39,11 +39,9 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// As [`Qwen3::read`].
     pub fn with_prefix(mut self, tokens: &[u32]) -> Result<Self, Error> {
-        let whole = [Prompt { prefix: None, tokens }];
-        self.prefix = if tokens.is_empty() {
-            None
-        } else {
-            self.model.read(&whole, Wanted::Last, self.threads)?.0.into_iter().next()
+        self.prefix = match tokens {
+            [] => None,
+            _ => Some(self.model.segment(tokens, self.threads)?.0),
         };
         Ok(self)
     }
@@ -56,10 +54,6 @@ impl<'m> Generator<'m> {
 
     pub fn model(&self) -> &'m Qwen3 {
         self.model
-    }
-
-    pub(super) fn prefix(&self) -> Option<&Segment> {
-        self.prefix.as_ref()
     }
 
     /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts.
@@ -80,37 +74,27 @@ impl<'m> Generator<'m> {
         Ok(parts.into_iter().flat_map(|(_, results)| results).collect())
     }
 
-    /// Reads prompts (what stands behind the prefix); returns their segments and, for each, the hidden state of its
-    /// last token, `[prompts, hidden]`.
-    pub(super) fn read(&self, prompts: &[&[u32]], threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
-        let mut segments = Vec::with_capacity(prompts.len());
+    /// Reads prompts (what stands behind the prefix), each with room for `slots` generated tokens; returns them and, for
+    /// each, the hidden state of its last token, `[prompts, hidden]`.
+    pub(super) fn read(
+        &self,
+        prompts: &[&[u32]],
+        slots: usize,
+        threads: usize,
+    ) -> Result<(Branches<'_>, Vec<f32>), Error> {
+        let mut branches = self.model.branches(self.prefix.as_ref(), Room::of(prompts, slots))?;
         let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
         for part in split_by_rows(prompts, self.rows_at_once, |tokens| tokens.len()) {
-            let part: Vec<Prompt> = part.iter().map(|tokens| Prompt { prefix: self.prefix(), tokens }).collect();
-            let (read, last) = self.model.read(&part, Wanted::Last, threads)?;
-            segments.extend(read);
-            hidden.extend(last);
+            hidden.extend(self.model.read(&mut branches, part, Wanted::Last, threads)?);
         }
-        Ok((segments, hidden))
-    }
-
-    /// Empty branches on each of the segments, with room for `slots` generated tokens.
-    pub(super) fn branches<'s>(&'s self, segments: &'s [Segment], slots: usize) -> Vec<Branches<'s>> {
-        // A device keeps them as tensors that grow.
-        let slots = if self.model.is_on_device() { 0 } else { slots };
-        let prompt = |own: &'s Segment| self.prefix().into_iter().chain([own]);
-        segments.iter().map(|own| Branches::with_room(self.model.config(), prompt(own), slots)).collect()
+        Ok((branches, hidden))
     }
 
     /// Takes beams forward, `rows_at_once` or so at a time; returns the hidden states of all rows in order.
-    pub(super) fn advance(&self, mut steps: Vec<Step>, threads: usize) -> Result<Vec<f32>, Error> {
+    pub(super) fn advance(&self, branches: &mut Branches, steps: &[Step], threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
-        let mut rest = steps.as_mut_slice();
-        while !rest.is_empty() {
-            let count = first_by_rows(rest, self.rows_at_once, |step| step.tokens.len());
-            let (now, later) = rest.split_at_mut(count);
-            hidden.extend(self.model.step(now, threads)?);
-            rest = later;
+        for part in split_by_rows(steps, self.rows_at_once, |step| step.tokens.len()) {
+            hidden.extend(self.model.step(branches, part, threads)?);
         }
         Ok(hidden)
     }
@@ -142,22 +126,18 @@ fn shrinking(count: usize, most: usize, threads: usize) -> impl Iterator<Item = 
     })
 }
 
-/// How many of `items` come to at most `at_once` rows together, and at least one.
-fn first_by_rows<T>(items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> usize {
-    let mut sum = 0;
-    let fitting = items.iter().take_while(|item| {
-        sum += rows(item);
-        sum <= at_once
-    });
-    fitting.count().max(1)
-}
-
+/// Parts of at most `at_once` rows together, and of at least one item.
 fn split_by_rows<T>(mut items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
     std::iter::from_fn(move || {
         if items.is_empty() {
             return None;
         }
-        let (now, later) = items.split_at(first_by_rows(items, at_once, &rows));
+        let mut sum = 0;
+        let fitting = items.iter().take_while(|item| {
+            sum += rows(item);
+            sum <= at_once
+        });
+        let (now, later) = items.split_at(fitting.count().max(1));
         items = later;
         Some(now)
     })
