@@ -4,7 +4,7 @@
 //! of the TID set and the parameters of decoding: so one more user costs one row, and `top_n`, which only cuts, none.
 
 use grlm_nn::{
-    generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
+    generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, PROMPTS_ON_DEVICE, Trie},
     qwen3::Qwen3,
 };
 use serde::{Deserialize, Serialize};
@@ -72,7 +72,7 @@ pub fn job(work: &Work, params: &Params, checkpoint: &str, device: &str) -> RowJ
     };
     let costs = work.queries.iter().map(|q| (q.prompt.len() - work.prefix.len()) as u64).collect();
     let keys = work.queries.iter().map(key).collect();
-    let piece = if device == CPU { budget::PIECE } else { budget::ON_DEVICE };
+    let piece = if device == CPU { budget::PIECE } else { PROMPTS_ON_DEVICE };
     RowJob::new("ranking", "user", keys).batch(piece).costs(costs)
 }
 
@@ -100,7 +100,7 @@ impl<'a> Decoder<'a> {
         let trie = Trie::new(work.tids.sequences())?;
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
         let batch = match model.is_on_device() {
-            true => budget::ON_DEVICE,
+            true => PROMPTS_ON_DEVICE,
             false => budget::batch(params, model.config(), &trie, longest, device.threads),
         } >> smaller.min(16);
         let generator =

@@ -12,6 +12,7 @@ use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
     Error,
+    parts::parts,
     qwen3::{Place, Qwen3, Room, Wanted},
 };
 
@@ -26,7 +27,7 @@ pub use config::{Activation, BertConfig};
 /// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
 /// enough for what lies between them to stay in the cache.
 pub const TOKENS_AT_ONCE: usize = 512;
-/// The same for a GPU, which small products leave idle.
+/// The same for a GPU, which small products leave idle, and padding included; fewer where its memory is small.
 const TOKENS_ON_DEVICE: usize = 16_384;
 
 /// How the vectors of a text's tokens become one.
@@ -94,7 +95,10 @@ impl Encoder {
         let tokenizer = tokenizer(folder, longest)?;
         let pooling = named.unwrap_or(default);
         let on_device = matches!(&network, Network::Qwen3(model) if model.is_on_device());
-        let tokens_at_once = if on_device { TOKENS_ON_DEVICE } else { TOKENS_AT_ONCE };
+        let tokens_at_once = match &network {
+            Network::Qwen3(model) if on_device => memory::tokens_on_device(model, longest),
+            _ => TOKENS_AT_ONCE,
+        };
         Ok(Self { network, tokenizer, pooling, longest, tokens_at_once, on_device })
     }
 
@@ -148,8 +152,8 @@ impl Encoder {
     pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
         let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
         if self.on_device {
-            let groups = groups(&tokens, 1, self.tokens_at_once);
-            let vectors = groups.into_iter().map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
+            let groups = parts(&tokens, self.tokens_at_once, true, Vec::len);
+            let vectors = groups.map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
             return Ok(vectors.into_iter().flatten().collect());
         }
         let groups = groups(&tokens, threads, self.tokens_at_once);
@@ -190,19 +194,7 @@ impl Encoder {
 fn groups(texts: &[Vec<u32>], threads: usize, at_once: usize) -> Vec<&[Vec<u32>]> {
     let total: usize = texts.iter().map(Vec::len).sum();
     let limit = at_once.min(total.div_ceil(threads.max(1)));
-    let mut groups = Vec::new();
-    let mut rest = texts;
-    while !rest.is_empty() {
-        let mut sum = 0;
-        let fitting = rest.iter().take_while(|tokens| {
-            sum += tokens.len();
-            sum <= limit
-        });
-        let count = fitting.count().max(1);
-        groups.push(&rest[..count]);
-        rest = &rest[count..];
-    }
-    groups
+    parts(texts, limit, false, Vec::len).collect()
 }
 
 /// One vector of a text's tokens', `[tokens, width]`.

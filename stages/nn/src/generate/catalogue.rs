@@ -81,12 +81,19 @@ impl Catalogue<'_> {
             return Err(Error::argument("beam search needs at least one beam"));
         }
         check_tokens(self.trie.largest_token(), generator.model)?;
-        generator.share_out(asked, |asked, threads| self.batch(generator, asked, threads))
+        let slots = memory::catalogue_slots(self.trie, self.beams);
+        let tokens = |asked: &Asked| asked.tokens.len() + slots;
+        generator.share_out(asked, tokens, |asked, threads| self.batch(generator, asked, slots, threads))
     }
 
-    fn batch(&self, generator: &Generator, asked: &[Asked], threads: usize) -> Result<Vec<Vec<Found>>, Error> {
+    fn batch(
+        &self,
+        generator: &Generator,
+        asked: &[Asked],
+        slots: usize,
+        threads: usize,
+    ) -> Result<Vec<Vec<Found>>, Error> {
         let prompts: Vec<&[u32]> = asked.iter().map(|a| a.tokens).collect();
-        let slots = memory::catalogue_slots(self.trie, self.beams);
         let (mut branches, hidden) = generator.read(&prompts, slots, threads)?;
         let begin = |asked: &Asked| {
             let root = Beam { node: self.trie.root(), sum: 0.0, path: Vec::new(), pending: Vec::new() };

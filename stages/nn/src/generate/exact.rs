@@ -37,7 +37,8 @@ pub fn exact(
         tokens.sort_unstable();
         tokens.dedup();
     }
-    generator.share_out(prompts, |prompts, threads| {
+    let tokens = |prompt: &&[u32]| prefix.len() + prompt.len();
+    generator.share_out(prompts, tokens, |prompts, threads| {
         prompts
             .iter()
             .map(|prompt| {

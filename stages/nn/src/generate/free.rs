@@ -62,7 +62,8 @@ impl Free {
         if self.beams == 0 || self.max_new == 0 {
             return Err(Error::argument("beam search needs at least one beam and one new token"));
         }
-        generator.share_out(prompts, |prompts, threads| self.batch(generator, prompts, threads))
+        let tokens = |prompt: &&[u32]| prompt.len() + memory::free_slots(self.beams, self.max_new);
+        generator.share_out(prompts, tokens, |prompts, threads| self.batch(generator, prompts, threads))
     }
 
     /// Continuations that are looked at: of those of each beam, no more than `ends` end a text.

@@ -14,7 +14,8 @@ pub fn greedy(
     max_new: usize,
     stop: impl Fn(&[u32]) -> bool + Sync,
 ) -> Result<Vec<Vec<u32>>, Error> {
-    generator.share_out(prompts, |prompts, threads| batch(generator, prompts, max_new, &stop, threads))
+    let tokens = |prompt: &&[u32]| prompt.len() + max_new;
+    generator.share_out(prompts, tokens, |prompts, threads| batch(generator, prompts, max_new, &stop, threads))
 }
 
 fn batch(

@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::memory;
 use crate::{
     Error,
+    parts::parts,
     qwen3::{Branches, Qwen3, Room, Segment, Step, Wanted},
 };
 
@@ -13,7 +15,9 @@ use crate::{
 /// full speed, few enough for what lies between them to stay in the cache, and a bound on memory.
 pub const ROWS_AT_ONCE: usize = 256;
 /// The same for a GPU, which small products leave idle.
-const ROWS_ON_DEVICE: usize = 4096;
+pub const ROWS_ON_DEVICE: usize = 4096;
+/// Prompts that a GPU has in work at most: more of them bring little, and a kill loses as many.
+pub const PROMPTS_ON_DEVICE: usize = 128;
 
 /// A model that generates, after a beginning that all prompts share.
 pub struct Generator<'m> {
@@ -26,11 +30,13 @@ pub struct Generator<'m> {
 }
 
 impl<'m> Generator<'m> {
-    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool; on a GPU 64,
-    /// which one thread hands to it.
+    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool; on a GPU as
+    /// many as half of its free memory holds, at most [`PROMPTS_ON_DEVICE`], which one thread hands to it.
     pub fn new(model: &'m Qwen3, threads: usize) -> Self {
-        let (batch, rows_at_once, threads) =
-            if model.is_on_device() { (64, ROWS_ON_DEVICE, 1) } else { (8, ROWS_AT_ONCE, threads.max(1)) };
+        let (batch, rows_at_once, threads) = match model.is_on_device() {
+            true => (PROMPTS_ON_DEVICE, ROWS_ON_DEVICE, 1),
+            false => (8, ROWS_AT_ONCE, threads.max(1)),
+        };
         Self { model, prefix: None, batch, rows_at_once, threads }
     }
 
@@ -56,15 +62,17 @@ impl<'m> Generator<'m> {
         self.model
     }
 
-    /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts.
+    /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts; `tokens` are
+    /// those of a prompt behind the prefix, and those that it may generate.
     pub(super) fn share_out<P: Sync, R: Send>(
         &self,
         prompts: &[P],
+        tokens: impl Fn(&P) -> usize,
         decode: impl Fn(&[P], usize) -> Result<Vec<R>, Error> + Sync,
     ) -> Result<Vec<R>, Error> {
         if self.threads == 1 || prompts.len() < self.threads {
-            let parts: Result<Vec<_>, _> =
-                prompts.chunks(self.batch).map(|batch| decode(batch, self.threads)).collect();
+            let batches = prompts.chunks(self.batch_of(prompts, tokens));
+            let parts: Result<Vec<_>, _> = batches.map(|batch| decode(batch, self.threads)).collect();
             return Ok(parts?.into_iter().flatten().collect());
         }
         let batches = shrinking(prompts.len(), self.batch, self.threads);
@@ -72,6 +80,17 @@ impl<'m> Generator<'m> {
         let mut parts: Vec<(usize, Vec<R>)> = batches.par_bridge().map(decode).collect::<Result<_, _>>()?;
         parts.sort_unstable_by_key(|(start, _)| *start);
         Ok(parts.into_iter().flat_map(|(_, results)| results).collect())
+    }
+
+    /// How many of the prompts are in work together.
+    fn batch_of<P>(&self, prompts: &[P], tokens: impl Fn(&P) -> usize) -> usize {
+        let (Some(device), Some(longest)) = (self.model.device_memory(), prompts.iter().map(tokens).max()) else {
+            return self.batch;
+        };
+        let prefix = self.prefix.as_ref().map_or(0, Segment::length);
+        let fitting = memory::prompts_on_device(self.model.config(), device, prefix, longest).min(self.batch);
+        // Equal parts: a small last one would take as many steps as the others.
+        prompts.len().div_ceil(prompts.len().div_ceil(fitting))
     }
 
     /// Reads prompts (what stands behind the prefix), each with room for `slots` generated tokens; returns them and, for
@@ -84,7 +103,8 @@ impl<'m> Generator<'m> {
     ) -> Result<(Branches<'_>, Vec<f32>), Error> {
         let mut branches = self.model.branches(self.prefix.as_ref(), Room::of(prompts, slots))?;
         let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
-        for part in split_by_rows(prompts, self.rows_at_once, |tokens| tokens.len()) {
+        let padded = self.model.is_on_device();
+        for part in parts(prompts, self.rows_at_once, padded, |tokens| tokens.len()) {
             hidden.extend(self.model.read(&mut branches, part, Wanted::Last, threads)?);
         }
         Ok((branches, hidden))
@@ -93,7 +113,7 @@ impl<'m> Generator<'m> {
     /// Takes beams forward, `rows_at_once` or so at a time; returns the hidden states of all rows in order.
     pub(super) fn advance(&self, branches: &mut Branches, steps: &[Step], threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
-        for part in split_by_rows(steps, self.rows_at_once, |step| step.tokens.len()) {
+        for part in parts(steps, self.rows_at_once, false, |step| step.tokens.len()) {
             hidden.extend(self.model.step(branches, part, threads)?);
         }
         Ok(hidden)
@@ -126,23 +146,6 @@ fn shrinking(count: usize, most: usize, threads: usize) -> impl Iterator<Item = 
     })
 }
 
-/// Parts of at most `at_once` rows together, and of at least one item.
-fn split_by_rows<T>(mut items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        if items.is_empty() {
-            return None;
-        }
-        let mut sum = 0;
-        let fitting = items.iter().take_while(|item| {
-            sum += rows(item);
-            sum <= at_once
-        });
-        let (now, later) = items.split_at(fitting.count().max(1));
-        items = later;
-        Some(now)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,12 +159,5 @@ mod tests {
             assert_eq!(parts.iter().map(Range::len).sum::<usize>(), count);
         }
         assert_eq!(shrinking(64, 8, 2).last(), Some(62..64));
-    }
-
-    #[test]
-    fn parts_hold_few_rows_and_at_least_one_item() {
-        let rows = [ROWS_AT_ONCE + 9, 1, ROWS_AT_ONCE - 1, 3, 4];
-        let parts: Vec<&[usize]> = split_by_rows(&rows, ROWS_AT_ONCE, |r| *r).collect();
-        assert_eq!(parts, [&rows[..1], &rows[1..3], &rows[3..]]);
     }
 }

@@ -33,6 +33,29 @@ pub struct Config {
     pub initializer_range: f64,
 }
 
+/// The shape of Qwen3-0.6B, without special tokens.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocab_size: 151_936,
+            hidden_size: 1024,
+            intermediate_size: 3072,
+            layers: 28,
+            heads: 16,
+            kv_heads: 8,
+            head_dim: 128,
+            max_positions: 40_960,
+            rope_theta: 1e6,
+            rms_norm_eps: 1e-6,
+            tied: true,
+            bos_token: None,
+            eos_tokens: Vec::new(),
+            pad_token: None,
+            initializer_range: 0.02,
+        }
+    }
+}
+
 /// The file's own layout. Fields that this engine has no use for are passed over.
 #[derive(Deserialize)]
 struct Raw {

@@ -6,6 +6,7 @@
 
 mod attention;
 pub mod config;
+pub mod device_memory;
 mod kv;
 mod model;
 mod packed;
@@ -19,6 +20,7 @@ mod work;
 
 pub use attention::POSITIONS_AT_ONCE;
 pub use config::Config;
+pub use device_memory::DeviceMemory;
 pub use kv::{Branches, Room, Segment};
 pub use model::{Qwen3, Step, Wanted};
 pub use packed::{GATES_AT_ONCE, HEAD_CHUNK, LOGITS_AT_ONCE};

@@ -4,7 +4,7 @@
 use std::{ops::Range, path::Path};
 
 use super::{
-    Config, Place,
+    Config, DeviceMemory, Place,
     kv::{Branches, BranchesKv, OTHERS, PackedPrompts, Room, Segment},
     packed::Packed,
     tensors::Tensors,
@@ -132,6 +132,14 @@ impl Qwen3 {
             BranchesKv::Tensors(store) => Segment::tensors(tokens.len(), store.into_first()?),
         };
         Ok((segment, hidden))
+    }
+
+    /// The memory of the device that computes it; `None` on the CPU.
+    pub fn device_memory(&self) -> Option<DeviceMemory> {
+        match &self.network {
+            Network::Packed(_) => None,
+            Network::Tensors(network) => network.memory(),
+        }
     }
 
     /// Takes memory for prompts behind `prefix` that are to be read.

@@ -202,3 +202,43 @@ fn padded(numbers: Range<usize>, width: usize) -> impl Iterator<Item = u32> {
     let count = numbers.len();
     numbers.map(|number| number as u32).chain(std::iter::repeat_n(NOWHERE, width - count))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qwen3::device_memory;
+
+    #[test]
+    fn memory_is_taken_as_stated() {
+        let config = Config {
+            vocab_size: 9,
+            hidden_size: 8,
+            intermediate_size: 8,
+            layers: 3,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 4,
+            ..Config::default()
+        };
+        let room = Room { prompts: 5, longest: 7, slots: 6 };
+        let store = Store::zeros(&config, room, &Device::Cpu, DType::BF16).unwrap();
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let taken: usize = store.layers.iter().map(|kv| bytes(&kv.keys) + bytes(&kv.values)).sum();
+        assert_eq!(taken, 5 * device_memory::tokens(&config, 7 + 6, 2));
+    }
+
+    #[test]
+    fn the_longest_prompts_come_first() {
+        let mut store = Store { layers: Vec::new(), longest: 9, extents: Vec::new(), places: Vec::new() };
+        let owned = store.add(&[0..2, 2..7, 7..8]);
+        assert_eq!((owned.first, owned.rows), (0, vec![2..7, 0..2, 7..8]));
+        let owned = store.add(&[0..3, 3..12]);
+        assert_eq!((owned.first, owned.rows), (3, vec![3..12, 0..3]));
+        assert_eq!([0, 1, 2, 3, 4].map(|prompt| store.extent(prompt).length), [2, 5, 1, 3, 9]);
+        let path = [Vec::new()];
+        let step = |prompt| Step { prompt, tokens: &[1], paths: &path };
+        let (owned, paths) = store.owned(&[step(0), step(3)], &[0..1, 1..2]);
+        assert_eq!((owned.first, owned.rows), (1, vec![0..1, 0..0, 0..0, 1..2]), "with those between them");
+        assert_eq!(paths.iter().map(|paths| paths.len()).collect::<Vec<_>>(), [1, 0, 0, 1]);
+    }
+}

@@ -8,10 +8,11 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::rms_norm, rotary_emb::rope_thd};
 
 use super::{
-    Config,
+    Config, DeviceMemory,
     kv::{LayerKv, Room, Segment},
     model::{Batch, Step},
     padded::Attention,
+    place,
     rotary::Rotary,
     store::{Rectangle, Store},
     weights::Weights,
@@ -102,6 +103,11 @@ impl Tensors {
     pub fn in_small_parts(&mut self) {
         self.attention.scores_at_once = 5000;
         self.logits_at_once = 1000;
+    }
+
+    /// `None` where the device does not say how much it has.
+    pub fn memory(&self) -> Option<DeviceMemory> {
+        Some(DeviceMemory { free: place::free_memory(&self.device)?, element: self.dtype.size_in_bytes() })
     }
 
     pub fn has_head(&self) -> bool {

@@ -1,6 +1,9 @@
 //! Conversations as rows: put to a model on this machine, or to a server that speaks OpenAI's `/v1/chat/completions`.
 
-use grlm_nn::chat::{Answering, ChatModel, Message};
+use grlm_nn::{
+    chat::{Answering, ChatModel, Message},
+    generate::PROMPTS_ON_DEVICE,
+};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -19,10 +22,8 @@ pub const PLACE: &str = "extractor.model";
 const NAMESPACE: &str = "tid-answer";
 /// Raised when the code of this folder, of `parse` or of the chat model changes what an item's answer is.
 const ROW_VERSION: u32 = 1;
-/// Conversations that a device gets at a time.
+/// Conversations that the CPU gets at a time; a GPU gets as many as it may have in work together.
 const PIECE: usize = 32;
-/// The same for a GPU, which has as many in work together.
-const PIECE_ON_GPU: usize = 64;
 /// Conversations for each request that may be under way at once: the last of a piece are waited for.
 const PIECE_PER_REQUEST: usize = 4;
 /// Where answers end.
@@ -82,7 +83,7 @@ impl<'a> Asker<'a> {
             ),
             Place::Folder { identity, device, .. } => (
                 recipe.text("model", identity).text("device", device),
-                if *device == CPU { PIECE } else { PIECE_ON_GPU },
+                if *device == CPU { PIECE } else { PROMPTS_ON_DEVICE },
             ),
         };
         let decoding = json!({
