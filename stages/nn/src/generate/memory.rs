@@ -101,3 +101,21 @@ pub fn peak(config: &Config, load: Load) -> usize {
         + tokens(config, load.prefix)
         + load.threads * (load.batch * prompt(config, load.longest, load.slots) + work(config, load.longest))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_fill_half_of_a_device() {
+        let (config, prefix, longest) = (Config::default(), 310, 700);
+        let fitting = |free| prompts_on_device(&config, DeviceMemory { free, element: 2 }, prefix, longest);
+        let rows = device_memory::Rows { count: ROWS_ON_DEVICE, seen: prefix + longest, scored: ROWS_AT_ONCE };
+        let taken =
+            |prompts| device_memory::work(&config, rows, 2) + prompts * device_memory::tokens(&config, longest, 2);
+        let half = 3 << 30;
+        let prompts = fitting(2 * half);
+        assert!(prompts > 1 && taken(prompts) <= half && taken(prompts + 1) > half, "{prompts} prompts");
+        assert_eq!(fitting(0), 1, "what does not fit is tried");
+    }
+}
