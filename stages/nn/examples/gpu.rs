@@ -18,7 +18,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use grlm_nn::{
     generate::{Asked, Catalogue, Generator, Normalize, Trie, greedy},
-    qwen3::{Config, FloatType, Place, Prompt, Qwen3, Wanted},
+    qwen3::{Config, FloatType, Place, Qwen3, Room, Wanted},
 };
 use serde_json::json;
 
@@ -26,30 +26,22 @@ const TIDS: usize = 11_857;
 const MIB: f64 = (1u64 << 20) as f64;
 
 fn config(shape: &str) -> Result<Config, Box<dyn Error>> {
-    let (hidden_size, intermediate_size, layers, heads, vocab_size) = match shape {
-        "0.6B" => (1024, 3072, 28, 16, 151_936),
-        "4B" => (2560, 9728, 36, 32, 151_936),
-        "tiny" => (64, 128, 2, 4, 2_000),
-        other => return Err(format!("no shape `{other}`: 0.6B, 4B or tiny").into()),
-    };
-    let (kv_heads, head_dim) = if shape == "tiny" { (2, 16) } else { (8, 128) };
-    Ok(Config {
-        vocab_size,
-        hidden_size,
-        intermediate_size,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        max_positions: 4096,
-        rope_theta: 1e6,
-        rms_norm_eps: 1e-6,
-        tied: true,
-        bos_token: None,
-        eos_tokens: Vec::new(),
-        pad_token: None,
-        initializer_range: 0.02,
-    })
+    let small = Config::default();
+    match shape {
+        "0.6B" => Ok(small),
+        "4B" => Ok(Config { hidden_size: 2560, intermediate_size: 9728, layers: 36, heads: 32, ..small }),
+        "tiny" => Ok(Config {
+            vocab_size: 2000,
+            hidden_size: 64,
+            intermediate_size: 128,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            ..small
+        }),
+        other => Err(format!("no shape `{other}`: 0.6B, 4B or tiny").into()),
+    }
 }
 
 /// Weights in bf16 from a short row of numbers, over and over; norms are 1.
@@ -159,9 +151,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         |length| -> Vec<Vec<u32>> { (0..users).map(|_| noise.tokens(length, config.vocab_size)).collect() };
     let (short, long) = (prompts(prompt.min(64)), prompts(prompt));
     let embed = || -> Result<f64, grlm_nn::Error> {
-        let asked: Vec<Prompt> = short.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
+        let asked: Vec<&[u32]> = short.iter().map(Vec::as_slice).collect();
         let start = Instant::now();
-        model.read(&asked, Wanted::Last, 1)?;
+        let mut branches = model.branches(None, Room::of(&asked, 0))?;
+        model.read(&mut branches, &asked, Wanted::Last, 1)?;
         Ok(start.elapsed().as_secs_f64())
     };
     embed()?;

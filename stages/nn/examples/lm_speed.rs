@@ -50,12 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         head_dim: s.head_dim,
         max_positions: 1024,
         rope_theta: 1e4,
-        rms_norm_eps: 1e-6,
-        tied: true,
-        bos_token: None,
-        eos_tokens: Vec::new(),
-        pad_token: None,
-        initializer_range: 0.02,
+        ..Config::default()
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(s.threads).build()?;
     let mut model = Model::new(config, weights, 1024);

@@ -6,6 +6,7 @@ pub mod encoder;
 pub mod error;
 pub mod generate;
 pub mod nearest;
+mod parts;
 pub mod qwen3;
 pub mod sasrec;
 pub mod tokenizer;

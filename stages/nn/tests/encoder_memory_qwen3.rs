@@ -21,13 +21,7 @@ fn the_formula_is_within_a_fifth_of_the_peak() {
         kv_heads: 4,
         head_dim: 64,
         max_positions: 1024,
-        rope_theta: 1e6,
-        rms_norm_eps: 1e-6,
-        tied: true,
-        bos_token: None,
-        eos_tokens: Vec::new(),
-        pad_token: None,
-        initializer_range: 0.02,
+        ..Config::default()
     };
     write_model(folder.path(), &shape.to_json("float32"), shape.tensors());
     assert_formula(folder.path(), "qwen3", memory::qwen3_weights(&shape));

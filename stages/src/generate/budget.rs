@@ -8,10 +8,8 @@ use grlm_nn::{
 use super::{Decoding, Params};
 use crate::rows::RowDevice;
 
-/// Users that are handed to a device at a time: what a kill may cost.
+/// Users that are handed to the CPU at a time: what a kill may cost.
 pub const PIECE: usize = 32;
-/// Users that a GPU gets at a time, and has in work together; fewer when its memory ran out.
-pub const ON_DEVICE: usize = 64;
 /// More users at once bring no speed on the CPU: the products run at their best long before.
 const MOST: usize = 16;
 /// The part of the free memory that is taken.

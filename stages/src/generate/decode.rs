@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use grlm_nn::{
-    generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, Trie},
+    generate::{self, Asked, Catalogue, Free, Generator, Hypothesis, PROMPTS_ON_DEVICE, Trie},
     qwen3::Qwen3,
 };
 use serde::{Deserialize, Serialize};
@@ -74,7 +74,7 @@ pub fn job(work: &Work, params: &Params, checkpoint: &str, device: &str) -> RowJ
     };
     let costs = work.queries.iter().map(|q| (q.prompt.len() - work.prefix.len()) as u64).collect();
     let keys = work.queries.iter().map(key).collect();
-    let piece = if device == CPU { budget::PIECE } else { budget::ON_DEVICE };
+    let piece = if device == CPU { budget::PIECE } else { PROMPTS_ON_DEVICE };
     RowJob::new("ranking", "user", keys).batch(piece).costs(costs)
 }
 
@@ -105,7 +105,7 @@ impl<'a> Decoder<'a> {
         let trie = Trie::new(work.tids.sequences())?;
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
         let batch = match model.is_on_device() {
-            true => budget::ON_DEVICE,
+            true => PROMPTS_ON_DEVICE,
             false => budget::batch(params, model.config(), &trie, longest, &device),
         } >> smaller.min(16);
         let generator =

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use grlm_nn::qwen3::{Prompt, Qwen3, Wanted};
+use grlm_nn::qwen3::{Qwen3, Room, Wanted};
 use serde_json::{Value, json};
 
 use super::{Params, Train};
@@ -81,7 +81,8 @@ fn answers(folder: &std::path::Path, histories: &[&[usize]]) -> Vec<usize> {
             let score = |item: usize| {
                 let tid = layout.tid(&records[item], Compat::Fixed).unwrap().unwrap();
                 let tokens: Vec<u32> = prompt.iter().chain(&tid).copied().collect();
-                let (_, hidden) = engine.read(&[Prompt { prefix: None, tokens: &tokens }], Wanted::All, 1).unwrap();
+                let mut branches = engine.branches(None, Room::of(&[&tokens], 0)).unwrap();
+                let hidden = engine.read(&mut branches, &[&tokens], Wanted::All, 1).unwrap();
                 let logits = engine.logits(&hidden, 1).unwrap();
                 let v = engine.config().vocab_size;
                 let at = |i: usize| {
@@ -400,7 +401,8 @@ fn transformers_reads_the_folder_and_computes_the_same() {
         let tokens = layout.tokenizer().encode(text).unwrap();
         assert_eq!(json!(tokens), theirs["tokens"], "{format}");
         let engine = Qwen3::load(folder).unwrap();
-        let (_, hidden) = engine.read(&[Prompt { prefix: None, tokens: &tokens }], Wanted::All, 1).unwrap();
+        let mut branches = engine.branches(None, Room::of(&[&tokens], 0)).unwrap();
+        let hidden = engine.read(&mut branches, &[&tokens], Wanted::All, 1).unwrap();
         let ours = engine.logits(&hidden, 1).unwrap();
         let theirs = theirs["logits"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap());
         let apart = ours.iter().zip(theirs).map(|(a, b)| (f64::from(*a) - b.as_f64().unwrap()).abs());

@@ -10,10 +10,10 @@
 //!
 //! A test compares it with the peak of a process.
 
-use super::BertConfig;
+use super::{BertConfig, TOKENS_ON_DEVICE};
 use crate::{
     cpu::WIDTH,
-    qwen3::{Config, GATES_AT_ONCE, POSITIONS_AT_ONCE, Segment},
+    qwen3::{Config, GATES_AT_ONCE, POSITIONS_AT_ONCE, Qwen3, Segment, device_memory},
 };
 
 const FLOAT: usize = size_of::<f32>();
@@ -49,6 +49,21 @@ pub fn qwen3_work(config: &Config, at_once: usize, longest: usize) -> usize {
     let row = 3 * config.hidden_size + 2 * q + 2 * kv + config.intermediate_size;
     let gates = (2 * GATES_AT_ONCE).max(8 * WIDTH * rows).min(2 * config.intermediate_size * rows);
     (rows * row + gates + POSITIONS_AT_ONCE * longest) * FLOAT + Segment::bytes(config, rows)
+}
+
+/// Tokens that half of the free memory of a Qwen3's device holds, in texts of at most `longest`; not all that it could.
+pub fn tokens_on_device(model: &Qwen3, longest: usize) -> usize {
+    let Some(device) = model.device_memory() else { return TOKENS_ON_DEVICE };
+    let taken = |count| {
+        let rows = device_memory::Rows { count, seen: longest, scored: 0 };
+        device_memory::tokens(model.config(), count, device.element)
+            + device_memory::work(model.config(), rows, device.element)
+    };
+    let mut tokens = TOKENS_ON_DEVICE;
+    while tokens > longest && taken(tokens) > device.free / 2 {
+        tokens /= 2;
+    }
+    tokens
 }
 
 /// What one thread of a BERT has in work, with `at_once` tokens (or one text of at most `longest`) together.

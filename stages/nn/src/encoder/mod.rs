@@ -12,7 +12,8 @@ use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
     Error,
-    qwen3::{Place, Prompt, Qwen3, Wanted, weights::Weights},
+    parts::parts,
+    qwen3::{Place, Qwen3, Room, Wanted, weights::Weights},
 };
 
 mod bert;
@@ -28,7 +29,7 @@ pub use config::{Activation, BertConfig};
 /// Tokens that one thread takes through the network together: enough for the products to run at full speed, few
 /// enough for what lies between them to stay in the cache.
 pub const TOKENS_AT_ONCE: usize = 512;
-/// The same for a GPU, which small products leave idle.
+/// The same for a GPU, which small products leave idle, and padding included; fewer where its memory is small.
 const TOKENS_ON_DEVICE: usize = 16_384;
 
 /// How the vectors of a text's tokens become one.
@@ -111,7 +112,11 @@ impl Encoder {
             Network::Bert(_) => false,
             Network::BertTensors(_) => true,
         };
-        let tokens_at_once = if on_device { TOKENS_ON_DEVICE } else { TOKENS_AT_ONCE };
+        let tokens_at_once = match &network {
+            Network::Qwen3(model) if on_device => memory::tokens_on_device(model, longest),
+            Network::BertTensors(_) => TOKENS_ON_DEVICE,
+            _ => TOKENS_AT_ONCE,
+        };
         Ok(Self { network, tokenizer, pooling, longest, tokens_at_once, on_device })
     }
 
@@ -167,14 +172,11 @@ impl Encoder {
     pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Vec<f32>>, Error> {
         let tokens: Vec<Vec<u32>> = texts.par_iter().map(|t| self.tokens(t.as_ref())).collect::<Result<_, _>>()?;
         if self.on_device {
-            // There a text takes the room of the longest beside it.
-            let groups = groups(&tokens, self.tokens_at_once, |longest, _, count| longest * count);
-            let vectors = groups.into_iter().map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
+            let groups = parts(&tokens, self.tokens_at_once, true, Vec::len);
+            let vectors = groups.map(|group| self.embed(group, 1)).collect::<Result<Vec<_>, _>>()?;
             return Ok(vectors.into_iter().flatten().collect());
         }
-        let total: usize = tokens.iter().map(Vec::len).sum();
-        let limit = self.tokens_at_once.min(total.div_ceil(threads.max(1)));
-        let groups = groups(&tokens, limit, |_, sum, _| sum);
+        let groups = groups(&tokens, threads, self.tokens_at_once);
         // One thread a group wastes nothing; only a lone group is worth the others' help.
         let each = if groups.len() < threads { threads } else { 1 };
         let vectors: Vec<Vec<Vec<f32>>> =
@@ -190,9 +192,9 @@ impl Encoder {
             Network::Bert(model) => (model.read(&present, threads)?, false),
             Network::BertTensors(model) => (model.read(&present)?, false),
             Network::Qwen3(model) => {
-                let prompts: Vec<Prompt> = present.iter().map(|tokens| Prompt { prefix: None, tokens }).collect();
                 let wanted = if last_only { Wanted::Last } else { Wanted::All };
-                (model.read(&prompts, wanted, threads)?.1, last_only)
+                let mut branches = model.branches(None, Room::of(&present, 0))?;
+                (model.read(&mut branches, &present, wanted, threads)?, last_only)
             }
         };
         if vectors.iter().any(|x| !x.is_finite()) {
@@ -212,21 +214,11 @@ impl Encoder {
     }
 }
 
-/// Parts of one text, or of more that take at most `limit`: `taken(tokens of the longest, of all, texts)`.
-fn groups(texts: &[Vec<u32>], limit: usize, taken: impl Fn(usize, usize, usize) -> usize) -> Vec<&[Vec<u32>]> {
-    let mut groups = Vec::new();
-    let mut rest = texts;
-    while !rest.is_empty() {
-        let (mut longest, mut sum, mut count) = (0, 0, 0);
-        let fitting = rest.iter().take_while(|tokens| {
-            (longest, sum, count) = (longest.max(tokens.len()), sum + tokens.len(), count + 1);
-            taken(longest, sum, count) <= limit
-        });
-        let count = fitting.count().max(1);
-        groups.push(&rest[..count]);
-        rest = &rest[count..];
-    }
-    groups
+/// Parts of at most `at_once` tokens, or of one text, and enough of them for all threads.
+fn groups(texts: &[Vec<u32>], threads: usize, at_once: usize) -> Vec<&[Vec<u32>]> {
+    let total: usize = texts.iter().map(Vec::len).sum();
+    let limit = at_once.min(total.div_ceil(threads.max(1)));
+    parts(texts, limit, false, Vec::len).collect()
 }
 
 /// One vector of a text's tokens', `[tokens, width]`.
@@ -302,11 +294,9 @@ mod tests {
     #[test]
     fn groups_hold_all_texts_in_order() {
         let texts: Vec<Vec<u32>> = [600, 10, 500, 2, 0, 511, 1, 1].iter().map(|n| vec![0; *n]).collect();
-        let lengths = |taken: &dyn Fn(usize, usize, usize) -> usize| {
-            groups(&texts, 512, taken).iter().map(|g| g.len()).collect::<Vec<_>>()
-        };
-        assert_eq!(lengths(&|_, sum, _| sum), [1, 4, 2, 1]);
-        assert_eq!(lengths(&|longest, _, count| longest * count), [1, 1, 1, 2, 1, 2]);
-        assert!(groups(&[], 512, |_, sum, _| sum).is_empty());
+        let lengths = |threads| groups(&texts, threads, 512).iter().map(|g| g.len()).collect::<Vec<_>>();
+        assert_eq!(lengths(1), [1, 4, 2, 1]);
+        assert_eq!(groups(&texts[1..4], 4, 512).len(), 3);
+        assert!(groups(&[], 2, 512).is_empty());
     }
 }

@@ -60,8 +60,7 @@ struct Beam {
 }
 
 /// One prompt's search.
-struct Search<'s> {
-    branches: Branches<'s>,
+struct Search {
     left_out: LeftOut,
     beams: Vec<Beam>,
     found: Vec<Found>,
@@ -82,29 +81,36 @@ impl Catalogue<'_> {
             return Err(Error::argument("beam search needs at least one beam"));
         }
         check_tokens(self.trie.largest_token(), generator.model)?;
-        generator.share_out(asked, |asked, threads| self.batch(generator, asked, threads))
+        let slots = memory::catalogue_slots(self.trie, self.beams);
+        let tokens = |asked: &Asked| asked.tokens.len() + slots;
+        generator.share_out(asked, tokens, |asked, threads| self.batch(generator, asked, slots, threads))
     }
 
-    fn batch(&self, generator: &Generator, asked: &[Asked], threads: usize) -> Result<Vec<Vec<Found>>, Error> {
+    fn batch(
+        &self,
+        generator: &Generator,
+        asked: &[Asked],
+        slots: usize,
+        threads: usize,
+    ) -> Result<Vec<Vec<Found>>, Error> {
         let prompts: Vec<&[u32]> = asked.iter().map(|a| a.tokens).collect();
-        let (segments, hidden) = generator.read(&prompts, threads)?;
-        let begin = |(branches, asked): (_, &Asked)| {
+        let (mut branches, hidden) = generator.read(&prompts, slots, threads)?;
+        let begin = |asked: &Asked| {
             let root = Beam { node: self.trie.root(), sum: 0.0, path: Vec::new(), pending: Vec::new() };
             let left_out = LeftOut::new(self.trie, asked.left_out);
             let all_left_out = left_out.covers(self.trie, root.node);
             let beams = if all_left_out { Vec::new() } else { vec![root] };
-            Search { branches, left_out, beams, found: Vec::new(), length: 0 }
+            Search { left_out, beams, found: Vec::new(), length: 0 }
         };
-        let branches = generator.branches(&segments, memory::catalogue_slots(self.trie, self.beams));
-        let mut searches: Vec<Search> = branches.into_iter().zip(asked).map(begin).collect();
+        let mut searches: Vec<Search> = asked.iter().map(begin).collect();
         let mut hidden = Some(hidden);
         while searches.iter().any(|s| !s.beams.is_empty()) {
             if hidden.is_none() && self.normalize == Normalize::Full {
-                self.finish_what_is_decided(generator, &mut searches, threads)?;
+                self.finish_what_is_decided(generator, &mut branches, &mut searches, threads)?;
             }
             let all = match hidden.take() {
                 Some(first) => self.score_first(generator, &searches, &first, threads)?,
-                None => self.score(generator, &mut searches, threads)?,
+                None => self.score(generator, &mut branches, &mut searches, threads)?,
             };
             let mut all = all.into_iter();
             for search in &mut searches {
@@ -131,15 +137,21 @@ impl Catalogue<'_> {
     }
 
     /// The continuations of all beams; computes what is pending where that is needed.
-    fn score(&self, generator: &Generator, searches: &mut [Search], threads: usize) -> Result<Continuations, Error> {
+    fn score(
+        &self,
+        generator: &Generator,
+        branches: &mut Branches,
+        searches: &mut [Search],
+        threads: usize,
+    ) -> Result<Continuations, Error> {
         let needed = |beam: &Beam| self.normalize == Normalize::Full || self.trie.tokens(beam.node).len() > 1;
         let mut feeds: Vec<Feed> = searches.iter().map(|_| Feed::default()).collect();
         let mut wanted = Vec::new();
         let mut last_rows = Vec::new();
         let mut row = 0;
         let mut is_scored = Vec::new();
-        for (search, feed) in searches.iter_mut().zip(&mut feeds) {
-            let mut slot = search.branches.slots() as u32;
+        for (which, (search, feed)) in searches.iter_mut().zip(&mut feeds).enumerate() {
+            let mut slot = branches.slots(which) as u32;
             for beam in &mut search.beams {
                 is_scored.push(needed(beam));
                 if !needed(beam) {
@@ -154,7 +166,7 @@ impl Catalogue<'_> {
                 wanted.push(self.trie.tokens(beam.node));
             }
         }
-        let hidden = run(generator, searches, &feeds, threads)?;
+        let hidden = run(generator, branches, &feeds, threads)?;
         let width = generator.model.config().hidden_size;
         let hidden: Vec<f32> =
             last_rows.iter().flat_map(|row| &hidden[row * width..(row + 1) * width]).copied().collect();
@@ -181,6 +193,7 @@ impl Catalogue<'_> {
     fn finish_what_is_decided(
         &self,
         generator: &Generator,
+        branches: &mut Branches,
         searches: &mut [Search],
         threads: usize,
     ) -> Result<(), Error> {
@@ -189,7 +202,7 @@ impl Catalogue<'_> {
         for (which, (search, feed)) in searches.iter().zip(&mut feeds).enumerate() {
             let ways: Option<Vec<_>> = search.beams.iter().map(|b| self.trie.only_way_on(b.node)).collect();
             let Some(ways) = ways else { continue };
-            let mut slot = search.branches.slots() as u32;
+            let mut slot = branches.slots(which) as u32;
             for (beam, (tokens, entry)) in search.beams.iter().zip(ways) {
                 let mut path = beam.path.clone();
                 let before_last = &tokens[..tokens.len().saturating_sub(1)];
@@ -205,7 +218,7 @@ impl Catalogue<'_> {
         if tails.is_empty() {
             return Ok(());
         }
-        let hidden = run(generator, searches, &feeds, threads)?;
+        let hidden = run(generator, branches, &feeds, threads)?;
         let wanted: Vec<&[u32]> = tails.iter().flat_map(|(_, _, tokens, _)| tokens.chunks(1)).collect();
         let mut scored = generator.log_probabilities(&hidden, &wanted, threads)?.into_iter().flatten();
         for (which, mut sum, tokens, entry) in tails {
@@ -290,12 +303,11 @@ impl Feed {
     }
 }
 
-fn run(generator: &Generator, searches: &mut [Search], feeds: &[Feed], threads: usize) -> Result<Vec<f32>, Error> {
-    let mut steps = Vec::with_capacity(searches.len());
-    for (search, feed) in searches.iter_mut().zip(feeds).filter(|(_, feed)| !feed.tokens.is_empty()) {
-        steps.push(Step { branches: &mut search.branches, tokens: &feed.tokens, paths: &feed.paths });
-    }
-    generator.advance(steps, threads)
+fn run(generator: &Generator, branches: &mut Branches, feeds: &[Feed], threads: usize) -> Result<Vec<f32>, Error> {
+    let all = feeds.iter().enumerate();
+    let steps = all.map(|(prompt, Feed { tokens, paths })| Step { prompt, tokens, paths });
+    let steps: Vec<Step> = steps.filter(|step| !step.tokens.is_empty()).collect();
+    generator.advance(branches, &steps, threads)
 }
 
 /// From the logits of some tokens to their log-probabilities among themselves.

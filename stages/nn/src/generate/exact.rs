@@ -7,7 +7,7 @@ use super::{Generator, Normalize, catalogue::check_tokens};
 use crate::{
     Error,
     cpu::ops::LogSumExp,
-    qwen3::{Prompt, Segment, Wanted},
+    qwen3::{Room, Segment, Wanted},
 };
 
 /// TIDs that are read together.
@@ -37,7 +37,8 @@ pub fn exact(
         tokens.sort_unstable();
         tokens.dedup();
     }
-    generator.share_out(prompts, |prompts, threads| {
+    let tokens = |prompt: &&[u32]| prefix.len() + prompt.len();
+    generator.share_out(prompts, tokens, |prompts, threads| {
         prompts
             .iter()
             .map(|prompt| {
@@ -63,11 +64,10 @@ struct Task<'a> {
 
 impl Task<'_> {
     fn scores(&self, prompt: &[u32], entries: &[Vec<u32>]) -> Result<Vec<f32>, Error> {
-        let model = self.generator.model;
-        let (segments, first) = model.read(&[Prompt { prefix: None, tokens: prompt }], Wanted::Last, self.threads)?;
+        let (prompt, first) = self.generator.model.segment(prompt, self.threads)?;
         let mut scores = Vec::with_capacity(entries.len());
         for entries in entries.chunks(TOGETHER) {
-            scores.extend(self.some(&segments[0], &first, entries)?);
+            scores.extend(self.some(&prompt, &first, entries)?);
         }
         Ok(scores)
     }
@@ -75,12 +75,9 @@ impl Task<'_> {
     fn some(&self, prompt: &Segment, first: &[f32], entries: &[Vec<u32>]) -> Result<Vec<f32>, Error> {
         let model = self.generator.model;
         let width = model.config().hidden_size;
-        let longer: Vec<Prompt> = entries
-            .iter()
-            .filter(|e| e.len() > 1)
-            .map(|e| Prompt { prefix: Some(prompt), tokens: &e[..e.len() - 1] })
-            .collect();
-        let rest = if longer.is_empty() { Vec::new() } else { model.read(&longer, Wanted::All, self.threads)?.1 };
+        let longer: Vec<&[u32]> = entries.iter().filter(|e| e.len() > 1).map(|e| &e[..e.len() - 1]).collect();
+        let mut branches = model.branches(Some(prompt), Room::of(&longer, 0))?;
+        let rest = model.read(&mut branches, &longer, Wanted::All, self.threads)?;
         let mut rest = rest.chunks_exact(width);
         let (mut hidden, mut targets) = (Vec::new(), Vec::new());
         for (index, entry) in entries.iter().enumerate() {

@@ -11,7 +11,7 @@ use crate::{
     Error,
     cpu::ops::{self, LogSumExp},
     nearest::best::Best,
-    qwen3::{Branches, Step},
+    qwen3::Step,
 };
 
 /// How texts are searched for.
@@ -46,8 +46,8 @@ struct Running {
 }
 
 /// One prompt's search.
-struct Search<'s> {
-    branches: Branches<'s>,
+#[derive(Default)]
+struct Search {
     running: Vec<Running>,
     finished: Vec<Hypothesis>,
     done: bool,
@@ -62,7 +62,8 @@ impl Free {
         if self.beams == 0 || self.max_new == 0 {
             return Err(Error::argument("beam search needs at least one beam and one new token"));
         }
-        generator.share_out(prompts, |prompts, threads| self.batch(generator, prompts, threads))
+        let tokens = |prompt: &&[u32]| prompt.len() + memory::free_slots(self.beams, self.max_new);
+        generator.share_out(prompts, tokens, |prompts, threads| self.batch(generator, prompts, threads))
     }
 
     /// Continuations that are looked at: of those of each beam, no more than `ends` end a text.
@@ -71,12 +72,10 @@ impl Free {
     }
 
     fn batch(&self, generator: &Generator, prompts: &[&[u32]], threads: usize) -> Result<Vec<Vec<Hypothesis>>, Error> {
-        let (segments, mut hidden) = generator.read(prompts, threads)?;
-        let mut searches: Vec<Search> = generator
-            .branches(&segments, memory::free_slots(self.beams, self.max_new))
-            .into_iter()
-            .map(|branches| Search { branches, running: vec![Running::default()], finished: Vec::new(), done: false })
-            .collect();
+        let slots = memory::free_slots(self.beams, self.max_new);
+        let (mut branches, mut hidden) = generator.read(prompts, slots, threads)?;
+        let begin = |_| Search { running: vec![Running::default()], ..Search::default() };
+        let mut searches: Vec<Search> = prompts.iter().map(begin).collect();
         loop {
             let mut rows = self.best_of_rows(generator, &hidden, threads)?.into_iter();
             for search in searches.iter_mut().filter(|s| !s.done) {
@@ -89,17 +88,15 @@ impl Free {
                 .collect();
             let tokens: Vec<Vec<u32>> =
                 searches.iter().map(|s| s.running.iter().filter_map(|r| r.tokens.last().copied()).collect()).collect();
-            let mut steps = Vec::with_capacity(searches.len());
-            for ((search, tokens), paths) in searches.iter_mut().zip(&tokens).zip(&paths).filter(|((s, _), _)| !s.done)
-            {
-                steps.push(Step { branches: &mut search.branches, tokens, paths });
-            }
+            let all = tokens.iter().zip(&paths).enumerate();
+            let steps = all.map(|(prompt, (tokens, paths))| Step { prompt, tokens, paths });
+            let steps: Vec<Step> = steps.filter(|step| !searches[step.prompt].done).collect();
             if steps.is_empty() {
                 break;
             }
-            hidden = generator.advance(steps, threads)?;
-            for (search, paths) in searches.iter_mut().zip(paths).filter(|(s, _)| !s.done) {
-                let first = search.branches.slots() - search.running.len();
+            hidden = generator.advance(&mut branches, &steps, threads)?;
+            for (which, (search, paths)) in searches.iter_mut().zip(paths).enumerate().filter(|(_, (s, _))| !s.done) {
+                let first = branches.slots(which) - search.running.len();
                 for (slot, (running, path)) in (first as u32..).zip(search.running.iter_mut().zip(paths)) {
                     running.path = path;
                     running.path.push(slot);

@@ -14,7 +14,8 @@ pub fn greedy(
     max_new: usize,
     stop: impl Fn(&[u32]) -> bool + Sync,
 ) -> Result<Vec<Vec<u32>>, Error> {
-    generator.share_out(prompts, |prompts, threads| batch(generator, prompts, max_new, &stop, threads))
+    let tokens = |prompt: &&[u32]| prompt.len() + max_new;
+    generator.share_out(prompts, tokens, |prompts, threads| batch(generator, prompts, max_new, &stop, threads))
 }
 
 fn batch(
@@ -25,8 +26,7 @@ fn batch(
     threads: usize,
 ) -> Result<Vec<Vec<u32>>, Error> {
     let mut written: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
-    let (segments, mut hidden) = generator.read(prompts, threads)?;
-    let mut branches = generator.branches(&segments, max_new);
+    let (mut branches, mut hidden) = generator.read(prompts, max_new, threads)?;
     let mut paths: Vec<[Vec<u32>; 1]> = vec![[Vec::new()]; prompts.len()];
     let mut going: Vec<usize> = if max_new == 0 { Vec::new() } else { (0..prompts.len()).collect() };
     while !going.is_empty() {
@@ -35,15 +35,14 @@ fn batch(
             written[*which].push(token);
         }
         going.retain(|which| written[*which].len() < max_new && !stop(&written[*which]));
-        let mut steps = Vec::with_capacity(going.len());
-        for (which, branches) in branches.iter_mut().enumerate() {
-            if going.binary_search(&which).is_ok() {
-                let tokens = &written[which][written[which].len() - 1..];
-                steps.push(Step { branches, tokens, paths: &paths[which] });
-            }
-        }
+        let step = |&prompt: &usize| Step {
+            prompt,
+            tokens: &written[prompt][written[prompt].len() - 1..],
+            paths: &paths[prompt],
+        };
+        let steps: Vec<Step> = going.iter().map(step).collect();
         if !steps.is_empty() {
-            hidden = generator.advance(steps, threads)?;
+            hidden = generator.advance(&mut branches, &steps, threads)?;
         }
         for which in &going {
             let slot = paths[*which][0].len() as u32;

@@ -9,12 +9,18 @@
 //! work    = what lies between the products, for the rows that go through the network at once
 //! ```
 //!
-//! A test compares it with the peak of a process.
+//! A test compares it with the peak of a process. On a device it is that of [`device_memory`].
 
-use super::{Trie, session::ROWS_AT_ONCE};
+use super::{
+    Trie,
+    session::{ROWS_AT_ONCE, ROWS_ON_DEVICE},
+};
 use crate::{
     cpu::WIDTH,
-    qwen3::{Branches, Config, GATES_AT_ONCE, HEAD_CHUNK, LOGITS_AT_ONCE, POSITIONS_AT_ONCE, Segment},
+    qwen3::{
+        Branches, Config, DeviceMemory, GATES_AT_ONCE, HEAD_CHUNK, LOGITS_AT_ONCE, POSITIONS_AT_ONCE, Segment,
+        device_memory,
+    },
 };
 
 const FLOAT: usize = size_of::<f32>();
@@ -70,6 +76,14 @@ pub fn free_slots(beams: usize, max_new: usize) -> usize {
     beams * (max_new - 1)
 }
 
+/// Prompts that half of a device's free memory holds, and at least 1; `prefix` are the tokens of the shared beginning, and
+/// `longest` those of the longest prompt behind it with what it can generate.
+pub fn prompts_on_device(config: &Config, device: DeviceMemory, prefix: usize, longest: usize) -> usize {
+    let rows = device_memory::Rows { count: ROWS_ON_DEVICE.max(longest), seen: prefix + longest, scored: ROWS_AT_ONCE };
+    let room = (device.free / 2).saturating_sub(device_memory::work(config, rows, device.element));
+    (room / device_memory::tokens(config, longest, device.element).max(1)).max(1)
+}
+
 /// What generation is asked for, as far as it takes memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
@@ -99,9 +113,22 @@ mod tests {
 
     #[test]
     fn as_many_prompts_as_there_is_room_for() {
-        let config = Config::tiny();
+        let config = Config::default();
         let within = |bytes| prompts_within(&config, bytes, 300, 16);
         let (one, beside) = (prompt(&config, 300, 16), work(&config, 300));
         assert_eq!((within(0), within(beside + one), within(beside + 5 * one + one / 2)), (1, 1, 5));
+    }
+
+    #[test]
+    fn prompts_fill_half_of_a_device() {
+        let (config, prefix, longest) = (Config::default(), 310, 700);
+        let fitting = |free| prompts_on_device(&config, DeviceMemory { free, element: 2 }, prefix, longest);
+        let rows = device_memory::Rows { count: ROWS_ON_DEVICE, seen: prefix + longest, scored: ROWS_AT_ONCE };
+        let taken =
+            |prompts| device_memory::work(&config, rows, 2) + prompts * device_memory::tokens(&config, longest, 2);
+        let half = 3 << 30;
+        let prompts = fitting(2 * half);
+        assert!(prompts > 1 && taken(prompts) <= half && taken(prompts + 1) > half, "{prompts} prompts");
+        assert_eq!(fitting(0), 1, "what does not fit is tried");
     }
 }

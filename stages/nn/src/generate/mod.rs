@@ -16,5 +16,5 @@ pub use catalogue::{Asked, Catalogue, Found, Normalize};
 pub use exact::exact;
 pub use free::{Free, Hypothesis};
 pub use greedy::greedy;
-pub use session::Generator;
+pub use session::{Generator, PROMPTS_ON_DEVICE};
 pub use trie::{LeftOut, Node, Trie};

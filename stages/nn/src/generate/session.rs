@@ -4,16 +4,20 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::memory;
 use crate::{
     Error,
-    qwen3::{Branches, Prompt, Qwen3, Segment, Step, Wanted},
+    parts::parts,
+    qwen3::{Branches, Qwen3, Room, Segment, Step, Wanted},
 };
 
 /// Rows (prompt tokens, or tokens of beams) that go through the network together: enough for the products to run at
 /// full speed, few enough for what lies between them to stay in the cache, and a bound on memory.
 pub const ROWS_AT_ONCE: usize = 256;
 /// The same for a GPU, which small products leave idle.
-const ROWS_ON_DEVICE: usize = 4096;
+pub const ROWS_ON_DEVICE: usize = 4096;
+/// Prompts that a GPU has in work at most: more of them bring little, and a kill loses as many.
+pub const PROMPTS_ON_DEVICE: usize = 128;
 
 /// A model that generates, after a beginning that all prompts share.
 pub struct Generator<'m> {
@@ -26,11 +30,13 @@ pub struct Generator<'m> {
 }
 
 impl<'m> Generator<'m> {
-    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool; on a GPU 64,
-    /// which one thread hands to it.
+    /// Without a shared beginning, 8 prompts at once on each of `threads` threads of the current rayon pool; on a GPU as
+    /// many as half of its free memory holds, at most [`PROMPTS_ON_DEVICE`], which one thread hands to it.
     pub fn new(model: &'m Qwen3, threads: usize) -> Self {
-        let (batch, rows_at_once, threads) =
-            if model.is_on_device() { (64, ROWS_ON_DEVICE, 1) } else { (8, ROWS_AT_ONCE, threads.max(1)) };
+        let (batch, rows_at_once, threads) = match model.is_on_device() {
+            true => (PROMPTS_ON_DEVICE, ROWS_ON_DEVICE, 1),
+            false => (8, ROWS_AT_ONCE, threads.max(1)),
+        };
         Self { model, prefix: None, batch, rows_at_once, threads }
     }
 
@@ -39,11 +45,9 @@ impl<'m> Generator<'m> {
     /// # Errors
     /// As [`Qwen3::read`].
     pub fn with_prefix(mut self, tokens: &[u32]) -> Result<Self, Error> {
-        let whole = [Prompt { prefix: None, tokens }];
-        self.prefix = if tokens.is_empty() {
-            None
-        } else {
-            self.model.read(&whole, Wanted::Last, self.threads)?.0.into_iter().next()
+        self.prefix = match tokens {
+            [] => None,
+            _ => Some(self.model.segment(tokens, self.threads)?.0),
         };
         Ok(self)
     }
@@ -58,19 +62,17 @@ impl<'m> Generator<'m> {
         self.model
     }
 
-    pub(super) fn prefix(&self) -> Option<&Segment> {
-        self.prefix.as_ref()
-    }
-
-    /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts.
+    /// Calls `decode(prompts, threads)` for small batches, and puts the results in the order of the prompts; `tokens` are
+    /// those of a prompt behind the prefix, and those that it may generate.
     pub(super) fn share_out<P: Sync, R: Send>(
         &self,
         prompts: &[P],
+        tokens: impl Fn(&P) -> usize,
         decode: impl Fn(&[P], usize) -> Result<Vec<R>, Error> + Sync,
     ) -> Result<Vec<R>, Error> {
         if self.threads == 1 || prompts.len() < self.threads {
-            let parts: Result<Vec<_>, _> =
-                prompts.chunks(self.batch).map(|batch| decode(batch, self.threads)).collect();
+            let batches = prompts.chunks(self.batch_of(prompts, tokens));
+            let parts: Result<Vec<_>, _> = batches.map(|batch| decode(batch, self.threads)).collect();
             return Ok(parts?.into_iter().flatten().collect());
         }
         let batches = shrinking(prompts.len(), self.batch, self.threads);
@@ -80,37 +82,39 @@ impl<'m> Generator<'m> {
         Ok(parts.into_iter().flat_map(|(_, results)| results).collect())
     }
 
-    /// Reads prompts (what stands behind the prefix); returns their segments and, for each, the hidden state of its
-    /// last token, `[prompts, hidden]`.
-    pub(super) fn read(&self, prompts: &[&[u32]], threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
-        let mut segments = Vec::with_capacity(prompts.len());
-        let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
-        for part in split_by_rows(prompts, self.rows_at_once, |tokens| tokens.len()) {
-            let part: Vec<Prompt> = part.iter().map(|tokens| Prompt { prefix: self.prefix(), tokens }).collect();
-            let (read, last) = self.model.read(&part, Wanted::Last, threads)?;
-            segments.extend(read);
-            hidden.extend(last);
-        }
-        Ok((segments, hidden))
+    /// How many of the prompts are in work together.
+    fn batch_of<P>(&self, prompts: &[P], tokens: impl Fn(&P) -> usize) -> usize {
+        let (Some(device), Some(longest)) = (self.model.device_memory(), prompts.iter().map(tokens).max()) else {
+            return self.batch;
+        };
+        let prefix = self.prefix.as_ref().map_or(0, Segment::length);
+        let fitting = memory::prompts_on_device(self.model.config(), device, prefix, longest).min(self.batch);
+        // Equal parts: a small last one would take as many steps as the others.
+        prompts.len().div_ceil(prompts.len().div_ceil(fitting))
     }
 
-    /// Empty branches on each of the segments, with room for `slots` generated tokens.
-    pub(super) fn branches<'s>(&'s self, segments: &'s [Segment], slots: usize) -> Vec<Branches<'s>> {
-        // A device keeps them as tensors that grow.
-        let slots = if self.model.is_on_device() { 0 } else { slots };
-        let prompt = |own: &'s Segment| self.prefix().into_iter().chain([own]);
-        segments.iter().map(|own| Branches::with_room(self.model.config(), prompt(own), slots)).collect()
+    /// Reads prompts (what stands behind the prefix), each with room for `slots` generated tokens; returns them and, for
+    /// each, the hidden state of its last token, `[prompts, hidden]`.
+    pub(super) fn read(
+        &self,
+        prompts: &[&[u32]],
+        slots: usize,
+        threads: usize,
+    ) -> Result<(Branches<'_>, Vec<f32>), Error> {
+        let mut branches = self.model.branches(self.prefix.as_ref(), Room::of(prompts, slots))?;
+        let mut hidden = Vec::with_capacity(prompts.len() * self.model.config().hidden_size);
+        let padded = self.model.is_on_device();
+        for part in parts(prompts, self.rows_at_once, padded, |tokens| tokens.len()) {
+            hidden.extend(self.model.read(&mut branches, part, Wanted::Last, threads)?);
+        }
+        Ok((branches, hidden))
     }
 
     /// Takes beams forward, `rows_at_once` or so at a time; returns the hidden states of all rows in order.
-    pub(super) fn advance(&self, mut steps: Vec<Step>, threads: usize) -> Result<Vec<f32>, Error> {
+    pub(super) fn advance(&self, branches: &mut Branches, steps: &[Step], threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
-        let mut rest = steps.as_mut_slice();
-        while !rest.is_empty() {
-            let count = first_by_rows(rest, self.rows_at_once, |step| step.tokens.len());
-            let (now, later) = rest.split_at_mut(count);
-            hidden.extend(self.model.step(now, threads)?);
-            rest = later;
+        for part in parts(steps, self.rows_at_once, false, |step| step.tokens.len()) {
+            hidden.extend(self.model.step(branches, part, threads)?);
         }
         Ok(hidden)
     }
@@ -142,27 +146,6 @@ fn shrinking(count: usize, most: usize, threads: usize) -> impl Iterator<Item = 
     })
 }
 
-/// How many of `items` come to at most `at_once` rows together, and at least one.
-fn first_by_rows<T>(items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> usize {
-    let mut sum = 0;
-    let fitting = items.iter().take_while(|item| {
-        sum += rows(item);
-        sum <= at_once
-    });
-    fitting.count().max(1)
-}
-
-fn split_by_rows<T>(mut items: &[T], at_once: usize, rows: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
-    std::iter::from_fn(move || {
-        if items.is_empty() {
-            return None;
-        }
-        let (now, later) = items.split_at(first_by_rows(items, at_once, &rows));
-        items = later;
-        Some(now)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,12 +159,5 @@ mod tests {
             assert_eq!(parts.iter().map(Range::len).sum::<usize>(), count);
         }
         assert_eq!(shrinking(64, 8, 2).last(), Some(62..64));
-    }
-
-    #[test]
-    fn parts_hold_few_rows_and_at_least_one_item() {
-        let rows = [ROWS_AT_ONCE + 9, 1, ROWS_AT_ONCE - 1, 3, 4];
-        let parts: Vec<&[usize]> = split_by_rows(&rows, ROWS_AT_ONCE, |r| *r).collect();
-        assert_eq!(parts, [&rows[..1], &rows[1..3], &rows[3..]]);
     }
 }

@@ -33,6 +33,29 @@ pub struct Config {
     pub initializer_range: f64,
 }
 
+/// The shape of Qwen3-0.6B, without special tokens.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocab_size: 151_936,
+            hidden_size: 1024,
+            intermediate_size: 3072,
+            layers: 28,
+            heads: 16,
+            kv_heads: 8,
+            head_dim: 128,
+            max_positions: 40_960,
+            rope_theta: 1e6,
+            rms_norm_eps: 1e-6,
+            tied: true,
+            bos_token: None,
+            eos_tokens: Vec::new(),
+            pad_token: None,
+            initializer_range: 0.02,
+        }
+    }
+}
+
 /// The file's own layout. Fields that this engine has no use for are passed over.
 #[derive(Deserialize)]
 struct Raw {
@@ -326,10 +349,11 @@ impl Raw {
 }
 
 #[cfg(test)]
-impl Config {
-    /// A shape for tests.
-    pub(crate) fn tiny() -> Self {
-        Self {
+mod tests {
+    use super::*;
+
+    fn sample() -> Config {
+        Config {
             vocab_size: 512,
             hidden_size: 64,
             intermediate_size: 128,
@@ -337,37 +361,27 @@ impl Config {
             heads: 4,
             kv_heads: 2,
             head_dim: 16,
-            max_positions: 4096,
-            rope_theta: 1e6,
-            rms_norm_eps: 1e-6,
-            tied: true,
             bos_token: Some(1),
             eos_tokens: vec![2],
-            pad_token: None,
-            initializer_range: 0.02,
+            ..Config::default()
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     fn problem(edit: impl FnOnce(&mut Value)) -> String {
-        let mut value = Config::tiny().to_json("float32");
+        let mut value = sample().to_json("float32");
         edit(&mut value);
         Config::parse(&value.to_string()).err().map(|p| p.message).unwrap_or_default()
     }
 
     #[test]
     fn what_is_written_is_read_back() {
-        let parsed = Config::parse(&Config::tiny().to_json("float32").to_string());
-        assert_eq!(parsed.ok(), Some(Config::tiny()));
+        let parsed = Config::parse(&sample().to_json("float32").to_string());
+        assert_eq!(parsed.ok(), Some(sample()));
     }
 
     #[test]
     fn transformers_5_keeps_theta_in_rope_parameters() {
-        let mut value = Config::tiny().to_json("float32");
+        let mut value = sample().to_json("float32");
         value["rope_theta"] = Value::Null;
         value["rope_parameters"] = json!({"rope_theta": 5e5, "rope_type": "default"});
         assert_eq!(Config::parse(&value.to_string()).ok().map(|c| c.rope_theta), Some(5e5));
@@ -376,10 +390,10 @@ mod tests {
     #[test]
     fn texts_end_where_the_generation_configuration_says() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(Config::tiny().text_ends(folder.path()).unwrap(), [2], "without the file");
+        assert_eq!(sample().text_ends(folder.path()).unwrap(), [2], "without the file");
         let ends = |text: &str| {
             fs::write(folder.path().join("generation_config.json"), text).unwrap();
-            Config::tiny().text_ends(folder.path())
+            sample().text_ends(folder.path())
         };
         assert_eq!(ends(r#"{"eos_token_id": [5, 6]}"#).unwrap(), [5, 6]);
         assert_eq!(ends(r#"{"eos_token_id": 5}"#).unwrap(), [5]);

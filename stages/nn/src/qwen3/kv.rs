@@ -1,13 +1,11 @@
-//! Keys and values: of a run of tokens, packed so that attention over it is one product, and of the tokens that
-//! beams have generated.
+//! Keys and values: of a beginning that prompts share, and of many prompts with what their beams have generated.
 
 use candle_core::Tensor;
 
-use super::Config;
+use super::{Config, store::Store};
 use crate::cpu::Panels;
 
-/// Keys and values of a run of prompt tokens, for all layers. Read-only once written: any number of prompts share
-/// the segment of their common beginning, and all beams of a prompt share its segments.
+/// Keys and values of tokens that any number of prompts begin with, for all layers. Read-only.
 pub struct Segment {
     length: usize,
     kv: SegmentKv,
@@ -15,10 +13,16 @@ pub struct Segment {
 
 /// As the network that read the segment has them.
 enum SegmentKv {
-    /// Per layer and head of keys and values, in that order.
-    Packed { heads: Vec<HeadKv>, kv_heads: usize },
-    /// Per layer.
+    Packed(PackedKv),
+    /// Per layer, `[kv_heads, length, head_dim]`.
     Tensors(Vec<LayerKv>),
+}
+
+/// All layers of a run of tokens, packed so that attention over it is one product.
+pub struct PackedKv {
+    /// Per layer and head of keys and values, in that order.
+    heads: Vec<HeadKv>,
+    kv_heads: usize,
 }
 
 /// One head of one layer.
@@ -29,21 +33,13 @@ pub struct HeadKv {
     pub values: Panels,
 }
 
-/// One layer on a device, `[kv_heads, length, head_dim]` each.
-#[derive(Clone)]
+/// One layer on a device.
 pub struct LayerKv {
     pub keys: Tensor,
     pub values: Tensor,
 }
 
 impl HeadKv {
-    /// Room for `length` tokens, in all layers and heads.
-    pub fn zeros(config: &Config, length: usize) -> Vec<Self> {
-        let head =
-            || HeadKv { keys: Panels::zeros(config.head_dim, length), values: Panels::zeros(length, config.head_dim) };
-        (0..config.layers * config.kv_heads).map(|_| head()).collect()
-    }
-
     /// Stores a token's keys and values (as wide as all of a layer's `heads` together) at `index`.
     pub fn store(heads: &mut [Self], index: usize, keys: &[f32], values: &[f32]) {
         let dim = keys.len() / heads.len();
@@ -54,9 +50,26 @@ impl HeadKv {
     }
 }
 
+impl PackedKv {
+    /// Room for `length` tokens.
+    pub fn zeros(config: &Config, length: usize) -> Self {
+        let head =
+            || HeadKv { keys: Panels::zeros(config.head_dim, length), values: Panels::zeros(length, config.head_dim) };
+        Self { heads: (0..config.layers * config.kv_heads).map(|_| head()).collect(), kv_heads: config.kv_heads }
+    }
+
+    pub fn head(&self, layer: usize, head: usize) -> &HeadKv {
+        &self.heads[layer * self.kv_heads + head]
+    }
+
+    pub fn layer_mut(&mut self, layer: usize) -> &mut [HeadKv] {
+        &mut self.heads[layer * self.kv_heads..(layer + 1) * self.kv_heads]
+    }
+}
+
 impl Segment {
-    pub(super) fn packed(length: usize, heads: Vec<HeadKv>, config: &Config) -> Self {
-        Self { length, kv: SegmentKv::Packed { heads, kv_heads: config.kv_heads } }
+    pub(super) fn packed(length: usize, kv: PackedKv) -> Self {
+        Self { length, kv: SegmentKv::Packed(kv) }
     }
 
     pub(super) fn tensors(length: usize, layers: Vec<LayerKv>) -> Self {
@@ -76,7 +89,7 @@ impl Segment {
 
     pub(super) fn head(&self, layer: usize, head: usize) -> &HeadKv {
         match &self.kv {
-            SegmentKv::Packed { heads, kv_heads } => &heads[layer * kv_heads + head],
+            SegmentKv::Packed(kv) => kv.head(layer, head),
             SegmentKv::Tensors(_) => unreachable!("{OTHERS}"),
         }
     }
@@ -84,22 +97,40 @@ impl Segment {
     pub(super) fn layer(&self, layer: usize) -> &LayerKv {
         match &self.kv {
             SegmentKv::Tensors(layers) => &layers[layer],
-            SegmentKv::Packed { .. } => unreachable!("{OTHERS}"),
+            SegmentKv::Packed(_) => unreachable!("{OTHERS}"),
         }
     }
 }
 
-const OTHERS: &str = "a segment is used by the network that read it";
+pub(super) const OTHERS: &str = "keys and values are used by the network that made them";
 
-/// A prompt and what its beams have generated so far. A generated token has a *slot*; a beam is a path of slots, so
-/// beams that share a beginning share its keys and values, and reordering beams copies nothing.
+/// Prompts and what their beams have generated so far. A generated token has a *slot*, counted for each prompt from 0; a
+/// beam is a path of slots, so beams that share a beginning share its keys and values, and reordering beams copies
+/// nothing.
 pub struct Branches<'a> {
-    /// The prompt, in order: the shared beginning, then the rest.
-    prompt: Vec<&'a Segment>,
-    layers: Vec<SlotKv>,
-    /// The same on a device; `None` before the first token.
-    tensors: Vec<Option<LayerKv>>,
-    slots: usize,
+    /// What stands before every prompt.
+    pub(super) prefix: Option<&'a Segment>,
+    pub(super) kv: BranchesKv,
+}
+
+/// As the network that computes them has them.
+pub(super) enum BranchesKv {
+    Packed(PackedPrompts),
+    Tensors(Store),
+}
+
+/// Prompts on the CPU.
+pub(super) struct PackedPrompts {
+    pub prompts: Vec<PackedPrompt>,
+    /// Generated tokens of a prompt that memory is taken for at once; further ones grow it.
+    pub slots: usize,
+}
+
+pub(super) struct PackedPrompt {
+    pub extent: Extent,
+    pub own: PackedKv,
+    /// Per layer.
+    pub layers: Vec<SlotKv>,
 }
 
 /// Keys and values of one layer's slots, `[slots, kv_heads × head_dim]` each.
@@ -108,54 +139,68 @@ pub(super) struct SlotKv {
     pub values: Vec<f32>,
 }
 
-impl<'a> Branches<'a> {
-    pub fn new(config: &Config, prompt: impl IntoIterator<Item = &'a Segment>) -> Self {
-        Self::with_room(config, prompt, 0)
-    }
+/// How many tokens of a prompt there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// Its own, behind the prefix.
+    pub length: usize,
+    /// Generated ones.
+    pub slots: usize,
+}
 
-    /// Takes the memory of `slots` generated tokens at once; further ones grow it.
-    pub fn with_room(config: &Config, prompt: impl IntoIterator<Item = &'a Segment>, slots: usize) -> Self {
+/// What memory is taken for before prompts are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    pub prompts: usize,
+    /// Tokens of the longest prompt.
+    pub longest: usize,
+    /// Tokens that may be generated for one prompt; more of them grow it.
+    pub slots: usize,
+}
+
+impl Room {
+    /// For these prompts.
+    pub fn of(prompts: &[&[u32]], slots: usize) -> Self {
+        Self { prompts: prompts.len(), longest: prompts.iter().map(|tokens| tokens.len()).max().unwrap_or(0), slots }
+    }
+}
+
+impl PackedPrompt {
+    pub fn with_room(config: &Config, length: usize, slots: usize) -> Self {
         let room = slots * config.kv_width();
         let layer = || SlotKv { keys: Vec::with_capacity(room), values: Vec::with_capacity(room) };
         Self {
-            prompt: prompt.into_iter().collect(),
+            extent: Extent { length, slots: 0 },
+            own: PackedKv::zeros(config, length),
             layers: (0..config.layers).map(|_| layer()).collect(),
-            tensors: vec![None; config.layers],
-            slots: 0,
         }
     }
+}
 
-    /// Bytes of `slots` generated tokens.
+impl Branches<'_> {
+    /// Bytes of `slots` generated tokens on the CPU.
     pub fn bytes(config: &Config, slots: usize) -> usize {
         2 * config.layers * slots * config.kv_width() * size_of::<f32>()
     }
 
-    pub fn prompt(&self) -> &[&'a Segment] {
-        &self.prompt
+    /// The next slot of a prompt to be given out.
+    pub fn slots(&self, prompt: usize) -> usize {
+        self.extent(prompt).slots
     }
 
-    pub fn prompt_length(&self) -> usize {
-        self.prompt.iter().map(|s| s.length()).sum()
+    /// Tokens of a prompt, with those of the prefix.
+    pub(super) fn prompt_length(&self, prompt: usize) -> usize {
+        self.prefix_length() + self.extent(prompt).length
     }
 
-    /// The next slot to be given out.
-    pub fn slots(&self) -> usize {
-        self.slots
+    pub(super) fn prefix_length(&self) -> usize {
+        self.prefix.map_or(0, Segment::length)
     }
 
-    pub(super) fn layer(&self, layer: usize) -> &SlotKv {
-        &self.layers[layer]
-    }
-
-    pub(super) fn layer_mut(&mut self, layer: usize) -> &mut SlotKv {
-        &mut self.layers[layer]
-    }
-
-    pub(super) fn tensors_mut(&mut self, layer: usize) -> &mut Option<LayerKv> {
-        &mut self.tensors[layer]
-    }
-
-    pub(super) fn add_slots(&mut self, count: usize) {
-        self.slots += count;
+    fn extent(&self, prompt: usize) -> Extent {
+        match &self.kv {
+            BranchesKv::Packed(kv) => kv.prompts[prompt].extent,
+            BranchesKv::Tensors(store) => store.extent(prompt),
+        }
     }
 }

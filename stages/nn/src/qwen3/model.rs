@@ -4,8 +4,8 @@
 use std::{ops::Range, path::Path};
 
 use super::{
-    Config, Place,
-    kv::{Branches, Segment},
+    Config, DeviceMemory, Place,
+    kv::{Branches, BranchesKv, OTHERS, PackedPrompts, Room, Segment},
     packed::Packed,
     tensors::Tensors,
     weights::Weights,
@@ -26,15 +26,11 @@ enum Network {
     Tensors(Box<Tensors>),
 }
 
-/// A prompt to be read, after a segment that it may share with others.
-pub struct Prompt<'a> {
-    pub prefix: Option<&'a Segment>,
-    pub tokens: &'a [u32],
-}
-
-/// Beams to go further, by one token or several.
-pub struct Step<'a, 's> {
-    pub branches: &'a mut Branches<'s>,
+/// Beams of a prompt to go further, by one token or several.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// Which of the prompts, in the order in which they were read.
+    pub prompt: usize,
     /// The tokens to be computed.
     pub tokens: &'a [u32],
     /// The slots on the way to each token. They may be those of earlier tokens of this very step: that is how a beam
@@ -124,50 +120,100 @@ impl Qwen3 {
         matches!(self.network, Network::Tensors(_))
     }
 
-    /// Reads prompts; returns their segments and the hidden states that are `wanted` (`[rows, hidden]`, after the
-    /// last norm, in the order of prompts and tokens).
+    /// Reads what prompts begin with; returns it and the hidden state of its last token, after the last norm.
+    ///
+    /// # Errors
+    /// As [`Qwen3::read`].
+    pub fn segment(&self, tokens: &[u32], threads: usize) -> Result<(Segment, Vec<f32>), Error> {
+        let mut branches = self.branches(None, Room::of(&[tokens], 0))?;
+        let hidden = self.read(&mut branches, &[tokens], Wanted::Last, threads)?;
+        let segment = match branches.kv {
+            BranchesKv::Packed(mut kv) => Segment::packed(tokens.len(), kv.prompts.swap_remove(0).own),
+            BranchesKv::Tensors(store) => Segment::tensors(tokens.len(), store.into_first()?),
+        };
+        Ok((segment, hidden))
+    }
+
+    /// The memory of the device that computes it; `None` on the CPU.
+    pub fn device_memory(&self) -> Option<DeviceMemory> {
+        match &self.network {
+            Network::Packed(_) => None,
+            Network::Tensors(network) => network.memory(),
+        }
+    }
+
+    /// Takes memory for prompts behind `prefix` that are to be read.
+    ///
+    /// # Errors
+    /// A device has not so much.
+    pub fn branches<'a>(&self, prefix: Option<&'a Segment>, room: Room) -> Result<Branches<'a>, Error> {
+        let kv = match &self.network {
+            Network::Packed(_) => {
+                BranchesKv::Packed(PackedPrompts { prompts: Vec::with_capacity(room.prompts), slots: room.slots })
+            }
+            Network::Tensors(network) => BranchesKv::Tensors(network.store(room)?),
+        };
+        Ok(Branches { prefix, kv })
+    }
+
+    /// Reads prompts into `branches`, behind those that are there; returns the hidden states that are `wanted` (`[rows,
+    /// hidden]`, after the last norm, in the order of prompts and tokens).
     ///
     /// # Errors
     /// A prompt is empty or longer than the model's positions, or has a token that the model has not; what is computed
     /// is no number; a device fails.
-    pub fn read(&self, prompts: &[Prompt], wanted: Wanted, threads: usize) -> Result<(Vec<Segment>, Vec<f32>), Error> {
+    pub fn read(
+        &self,
+        branches: &mut Branches,
+        prompts: &[&[u32]],
+        wanted: Wanted,
+        threads: usize,
+    ) -> Result<Vec<f32>, Error> {
         let mut batch = Batch::default();
-        for prompt in prompts {
-            let before = prompt.prefix.map_or(0, Segment::length);
-            self.check(prompt.tokens, before)?;
-            batch.add(prompt.tokens, before..before + prompt.tokens.len());
+        let before = branches.prefix_length();
+        for tokens in prompts {
+            self.check(tokens, before)?;
+            batch.add(tokens, before..before + tokens.len());
+        }
+        if prompts.is_empty() {
+            return Ok(Vec::new());
         }
         let last: Vec<usize> = batch.rows.iter().map(|r| r.end - 1).collect();
         let kept = (wanted == Wanted::Last).then_some(last.as_slice());
-        let (segments, hidden) = match &self.network {
-            Network::Packed(network) => network.read(prompts, &batch, kept, threads),
-            Network::Tensors(network) => network.read(prompts, &batch, kept)?,
-        };
-        Ok((segments, finite(hidden)?))
+        finite(match (&self.network, &mut branches.kv) {
+            (Network::Packed(network), BranchesKv::Packed(kv)) => {
+                network.read(branches.prefix, kv, &batch, kept, threads)
+            }
+            (Network::Tensors(network), BranchesKv::Tensors(store)) => {
+                network.read(branches.prefix, store, &batch, kept)?
+            }
+            _ => unreachable!("{OTHERS}"),
+        })
     }
 
-    /// Takes beams further; returns the new tokens' hidden states (`[rows, hidden]`, after the last norm). The new
-    /// tokens take the next slots of their branches, in order.
+    /// Takes beams further, one [`Step`] for a prompt; returns the new tokens' hidden states (`[rows, hidden]`, after the
+    /// last norm). The new tokens take the next slots of their prompts, in order.
     ///
     /// # Errors
     /// As [`Qwen3::read`].
-    pub fn step(&self, steps: &mut [Step], threads: usize) -> Result<Vec<f32>, Error> {
+    pub fn step(&self, branches: &mut Branches, steps: &[Step], threads: usize) -> Result<Vec<f32>, Error> {
         let mut batch = Batch::default();
-        for step in steps.iter() {
-            let before = step.branches.prompt_length();
+        for step in steps {
+            let before = branches.prompt_length(step.prompt);
             for (token, path) in step.tokens.iter().zip(step.paths) {
                 self.check(std::slice::from_ref(token), before + path.len())?;
             }
             batch.add(step.tokens, step.paths.iter().map(|path| before + path.len()));
         }
-        let hidden = match &self.network {
-            Network::Packed(network) => network.step(steps, &batch, threads),
-            Network::Tensors(network) => network.step(steps, &batch)?,
-        };
-        for step in steps.iter_mut() {
-            step.branches.add_slots(step.tokens.len());
-        }
-        finite(hidden)
+        finite(match (&self.network, &mut branches.kv) {
+            (Network::Packed(network), BranchesKv::Packed(kv)) => {
+                network.step(branches.prefix, kv, steps, &batch, threads)
+            }
+            (Network::Tensors(network), BranchesKv::Tensors(store)) => {
+                network.step(branches.prefix, store, steps, &batch)?
+            }
+            _ => unreachable!("{OTHERS}"),
+        })
     }
 
     /// Hands out the logits of `hidden`'s rows in chunks of columns, always the same chunks in the same order:

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::{
     Config,
     attention::{self, Beams, Out, Queries, Shape},
-    kv::{HeadKv, Segment},
-    model::{Batch, Prompt, Step},
+    kv::{HeadKv, PackedPrompt, PackedPrompts, Segment},
+    model::{Batch, Step},
     rotary::Rotary,
     weights::{self, Tensor, Weights},
     work::{SCORES, WORK, room},
@@ -112,54 +112,69 @@ impl Packed {
     /// [`super::Qwen3::read`]; `kept` are the only rows whose hidden states are wanted.
     pub fn read(
         &self,
-        prompts: &[Prompt],
+        prefix: Option<&Segment>,
+        kv: &mut PackedPrompts,
         batch: &Batch,
         kept: Option<&[usize]>,
         threads: usize,
-    ) -> (Vec<Segment>, Vec<f32>) {
+    ) -> Vec<f32> {
         let rows = &batch.rows;
-        let mut segments: Vec<Vec<HeadKv>> = rows.iter().map(|rows| HeadKv::zeros(&self.config, rows.len())).collect();
-        let hidden = self.forward(batch, kept, threads, |layer, projected, out| {
-            for (segment, rows) in segments.iter_mut().zip(rows) {
-                let heads = &mut segment[layer * self.config.kv_heads..(layer + 1) * self.config.kv_heads];
+        let first = kv.prompts.len();
+        kv.prompts.extend(rows.iter().map(|rows| PackedPrompt::with_room(&self.config, rows.len(), kv.slots)));
+        let prompts = &mut kv.prompts[first..];
+        self.forward(batch, kept, threads, |layer, projected, out| {
+            for (prompt, rows) in prompts.iter_mut().zip(rows) {
+                let heads = prompt.own.layer_mut(layer);
                 for (index, row) in rows.clone().enumerate() {
                     HeadKv::store(heads, index, projected.key(row), projected.value(row));
                 }
             }
+            let prompts = &*prompts;
             // Of the last layer only what is kept is looked at.
             let last_only = kept.is_some() && layer + 1 == self.layers.len();
             self.attend(rows, out, threads, |which, shape, out, scores| {
-                let before = prompts[which].prefix.map(|s| s.head(layer, shape.head));
-                let own = &segments[which][layer * self.config.kv_heads + shape.head];
+                let before = prefix.map(|s| s.head(layer, shape.head));
+                let own = prompts[which].own.head(layer, shape.head);
                 let first = if last_only { rows[which].len() - 1 } else { 0 };
                 let queries = projected.queries(rows[which].start);
                 attention::over_prompt(shape, queries, before, own, first, out, scores);
             });
-        });
-        let segments =
-            segments.into_iter().zip(rows).map(|(heads, rows)| Segment::packed(rows.len(), heads, &self.config));
-        (segments.collect(), hidden)
+        })
     }
 
     /// [`super::Qwen3::step`].
-    pub fn step(&self, steps: &mut [Step], batch: &Batch, threads: usize) -> Vec<f32> {
+    pub fn step(
+        &self,
+        prefix: Option<&Segment>,
+        kv: &mut PackedPrompts,
+        steps: &[Step],
+        batch: &Batch,
+        threads: usize,
+    ) -> Vec<f32> {
         let rows = &batch.rows;
-        self.forward(batch, None, threads, |layer, projected, out| {
-            for (step, rows) in steps.iter_mut().zip(rows) {
-                let slots = step.branches.layer_mut(layer);
+        let prompts = &mut kv.prompts;
+        let hidden = self.forward(batch, None, threads, |layer, projected, out| {
+            for (step, rows) in steps.iter().zip(rows) {
+                let slots = &mut prompts[step.prompt].layers[layer];
                 for row in rows.clone() {
                     slots.keys.extend_from_slice(projected.key(row));
                     slots.values.extend_from_slice(projected.value(row));
                 }
             }
-            let steps = &*steps;
+            let prompts = &*prompts;
             self.attend(rows, out, threads, |which, shape, out, scores| {
-                let Step { branches, paths, .. } = &steps[which];
-                let prompt: Vec<_> = branches.prompt().iter().map(|s| s.head(layer, shape.head)).collect();
-                let beams = Beams { slots: branches.layer(layer), paths, next: branches.slots() };
+                let step = &steps[which];
+                let PackedPrompt { extent, own, layers } = &prompts[step.prompt];
+                let prefix = prefix.map(|s| s.head(layer, shape.head));
+                let prompt: Vec<_> = prefix.into_iter().chain([own.head(layer, shape.head)]).collect();
+                let beams = Beams { slots: &layers[layer], paths: step.paths, next: extent.slots };
                 attention::over_branches(shape, projected.queries(rows[which].start), &prompt, beams, out, scores);
             });
-        })
+        });
+        for step in steps {
+            kv.prompts[step.prompt].extent.slots += step.tokens.len();
+        }
+        hidden
     }
 
     /// [`super::Qwen3::visit_logits`]; nothing without a head.

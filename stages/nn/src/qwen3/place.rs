@@ -55,3 +55,19 @@ fn cuda(number: usize) -> Result<Device, Error> {
             .help("`nvidia-smi` and `grlm doctor` show what is there; the driver may be older than this program's CUDA")
     })
 }
+
+/// Memory that a GPU could give, in bytes; `None` where that cannot be found out.
+#[cfg(feature = "cuda")]
+pub fn free_memory(device: &Device) -> Option<usize> {
+    let Device::Cuda(device) = device else { return None };
+    let stream = device.cuda_stream();
+    // What was freed goes back to the device when its stream is waited for.
+    stream.synchronize().ok()?;
+    Some(stream.context().mem_get_info().ok()?.0)
+}
+
+/// There is no GPU.
+#[cfg(not(feature = "cuda"))]
+pub fn free_memory(_: &Device) -> Option<usize> {
+    None
+}

@@ -1,37 +1,26 @@
 //! The network on a device, by candle's tensors, in f32, bf16 or f16.
 //!
-//! It mirrors [`super::packed`]: rows of all prompts (or beams) go through every product together, attention knows which
-//! row belongs to whom, and nothing is padded. Norms and softmax sum in f32 whatever the type of the weights. Hidden
+//! It mirrors [`super::packed`]: rows of all prompts (or beams) go through every product together, without padding; only
+//! for attention they are padded ([`super::padded`]). Norms and softmax sum in f32 whatever the type of the weights. Hidden
 //! states come back in f32; logits stay on the device where only a few of them are asked for.
 
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{
-    ops::{rms_norm, softmax_last_dim},
-    rotary_emb::rope,
-};
+use candle_nn::{ops::rms_norm, rotary_emb::rope_thd};
 
 use super::{
-    Config,
-    kv::{LayerKv, Segment},
-    model::{Batch, Prompt, Step},
+    Config, DeviceMemory,
+    kv::{LayerKv, Room, Segment},
+    model::{Batch, Step},
+    padded::Attention,
+    place,
     rotary::Rotary,
+    store::{Rectangle, Store},
     weights::Weights,
 };
 use crate::Error;
 
-/// What is computed together.
-#[derive(Debug, Clone, Copy)]
-struct AtOnce {
-    /// Query positions of a prompt; it bounds the memory for scores.
-    positions: usize,
-    /// Logits, before any of them is looked at.
-    logits: usize,
-}
-
-/// 64 MiB of logits in f32.
-const AT_ONCE: AtOnce = AtOnce { positions: 512, logits: 1 << 24 };
-/// Added to the scores of what must not be seen: its probability is 0, and a row that sees nothing is not NaN.
-const HIDDEN: f32 = -1e30;
+/// Logits that are computed before any of them is looked at: 64 MiB in f32.
+pub const LOGITS_AT_ONCE: usize = 1 << 24;
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -47,7 +36,8 @@ pub struct Tensors {
     /// `[vocabulary, hidden]`.
     head: Option<Tensor>,
     rotary: Rotary,
-    at_once: AtOnce,
+    attention: Attention,
+    logits_at_once: usize,
 }
 
 /// Matrices are `[out, in]`.
@@ -64,17 +54,10 @@ struct Layer {
     down: Tensor,
 }
 
-/// What a layer's attention is given: all rows' queries, `[heads, rows, head_dim]`, keys and values.
+/// What a layer's attention is given, `[rows, heads, head_dim]` each.
 struct Projected {
     queries: Tensor,
     kv: LayerKv,
-}
-
-/// A run of keys and values that queries look at.
-struct Part<'a> {
-    kv: &'a LayerKv,
-    /// `[queries, length]`: 0 where a query may look, [`HIDDEN`] where not.
-    mask: Option<&'a Tensor>,
 }
 
 impl Tensors {
@@ -112,70 +95,72 @@ impl Tensors {
         let rotary = Rotary::new(&config);
         // Every thread has a stream of its own on the device: whoever computes must find the weights there.
         device.synchronize()?;
-        Ok(Self { config, device, dtype, embeddings, layers, norm, head, rotary, at_once: AT_ONCE })
+        let (attention, logits_at_once) = (Attention::new(&config, &device, dtype), LOGITS_AT_ONCE);
+        Ok(Self { config, device, dtype, embeddings, layers, norm, head, rotary, attention, logits_at_once })
     }
 
     /// Computes in parts so small that a test of a few tokens has several.
     pub fn in_small_parts(&mut self) {
-        self.at_once = AtOnce { positions: 16, logits: 1000 };
+        self.attention.scores_at_once = 5000;
+        self.logits_at_once = 1000;
+    }
+
+    /// `None` where the device does not say how much it has.
+    pub fn memory(&self) -> Option<DeviceMemory> {
+        Some(DeviceMemory { free: place::free_memory(&self.device)?, element: self.dtype.size_in_bytes() })
     }
 
     pub fn has_head(&self) -> bool {
         self.head.is_some()
     }
 
+    /// Takes memory for the keys and values of prompts.
+    ///
+    /// # Errors
+    /// The device's memory is too small.
+    pub fn store(&self, room: Room) -> Result<Store> {
+        Store::zeros(&self.config, room, &self.device, self.dtype)
+    }
+
     /// [`super::Qwen3::read`]; `kept` are the only rows whose hidden states are wanted.
     ///
     /// # Errors
     /// The device fails.
-    pub fn read(&self, prompts: &[Prompt], batch: &Batch, kept: Option<&[usize]>) -> Result<(Vec<Segment>, Vec<f32>)> {
-        let longest = batch.rows.iter().map(|rows| rows.len()).max().unwrap_or(0);
-        let future = self.future(longest)?;
-        let mut own: Vec<Vec<LayerKv>> = vec![Vec::with_capacity(self.layers.len()); prompts.len()];
-        let hidden = self.forward(batch, kept, |layer, projected| {
-            let last_only = kept.is_some() && layer + 1 == self.layers.len();
-            let mut results = Vec::new();
-            for ((prompt, rows), own) in prompts.iter().zip(&batch.rows).zip(&mut own) {
-                let kv = projected.kv.part(rows.start, rows.len())?;
-                let first = if last_only { rows.len() - 1 } else { 0 };
-                for start in (first..rows.len()).step_by(self.at_once.positions) {
-                    let count = self.at_once.positions.min(rows.len() - start);
-                    let seen = kv.part(0, start + count)?;
-                    let mask = future.narrow(0, start, count)?.narrow(1, 0, start + count)?;
-                    let before = prompt.prefix.map(|segment| Part { kv: segment.layer(layer), mask: None });
-                    let parts: Vec<Part> = before.into_iter().chain([Part { kv: &seen, mask: Some(&mask) }]).collect();
-                    let queries = projected.queries.narrow(1, rows.start + start, count)?;
-                    results.push(self.attend(&queries, &parts)?);
-                }
-                own.push(kv);
-            }
-            Ok(Tensor::cat(&results, 0)?)
-        })?;
-        let segment = |(kv, prompt): (_, &Prompt)| Segment::tensors(prompt.tokens.len(), kv);
-        Ok((own.into_iter().zip(prompts).map(segment).collect(), hidden))
+    pub fn read(
+        &self,
+        prefix: Option<&Segment>,
+        store: &mut Store,
+        batch: &Batch,
+        kept: Option<&[usize]>,
+    ) -> Result<Vec<f32>> {
+        let before = prefix.map_or(0, Segment::length);
+        let owned = store.add(&batch.rows);
+        let whole = Rectangle::new(owned.first, &owned.rows, &self.device)?;
+        let all = self.attention.of_prompts(before, &owned)?;
+        let last = kept.map(|kept| self.attention.of_last(before, &owned, kept)).transpose()?;
+        self.forward(batch, kept, |layer, Projected { queries, kv }| {
+            store.write_prompts(layer, &whole, &kv)?;
+            let plan = last.as_ref().filter(|_| layer + 1 == self.layers.len()).unwrap_or(&all);
+            self.attention.over(plan, &queries, prefix.map(|s| s.layer(layer)), store.layer(layer))
+        })
     }
 
     /// [`super::Qwen3::step`].
     ///
     /// # Errors
     /// The device fails.
-    pub fn step(&self, steps: &mut [Step], batch: &Batch) -> Result<Vec<f32>> {
-        let masks = steps.iter().map(|step| self.mask_of_paths(step)).collect::<Result<Vec<_>>>()?;
-        self.forward(batch, None, |layer, projected| {
-            let mut results = Vec::with_capacity(steps.len());
-            for ((step, rows), mask) in steps.iter_mut().zip(&batch.rows).zip(&masks) {
-                let new = projected.kv.part(rows.start, rows.len())?;
-                let slots = match step.branches.tensors_mut(layer).take() {
-                    Some(before) => before.followed_by(&new)?,
-                    None => new,
-                };
-                *step.branches.tensors_mut(layer) = Some(slots.clone());
-                let prompt = step.branches.prompt().iter().map(|s| Part { kv: s.layer(layer), mask: None });
-                let parts: Vec<Part> = prompt.chain([Part { kv: &slots, mask: Some(mask) }]).collect();
-                results.push(self.attend(&projected.queries.narrow(1, rows.start, rows.len())?, &parts)?);
-            }
-            Ok(Tensor::cat(&results, 0)?)
-        })
+    pub fn step(&self, prefix: Option<&Segment>, store: &mut Store, steps: &[Step], batch: &Batch) -> Result<Vec<f32>> {
+        let before = prefix.map_or(0, Segment::length);
+        let (owned, paths) = store.owned(steps, &batch.rows);
+        let new = Rectangle::new(owned.first, &owned.rows, &self.device)?;
+        let columns = store.columns(&owned, &new)?;
+        let plan = self.attention.of_beams(before, store, &owned, &paths)?;
+        let hidden = self.forward(batch, None, |layer, Projected { queries, kv }| {
+            store.write_slots(layer, &new, &columns, &kv)?;
+            self.attention.over(&plan, &queries, prefix.map(|s| s.layer(layer)), store.layer(layer))
+        })?;
+        store.count(steps);
+        Ok(hidden)
     }
 
     /// Hands out logits row by row, some rows' whole vocabulary at a time.
@@ -235,7 +220,7 @@ impl Tensors {
         }
         let hidden = self.upload(hidden)?;
         let mut logits = Vec::with_capacity(tokens.len());
-        let at_once = (self.at_once.logits / self.config.hidden_size).max(1);
+        let at_once = (self.logits_at_once / self.config.hidden_size).max(1);
         for (tokens, rows) in tokens.chunks(at_once).zip(rows.chunks(at_once)) {
             let rows = hidden.index_select(&self.numbers(rows)?, 0)?.to_dtype(DType::F32)?;
             let tokens = head.index_select(&self.numbers(tokens)?, 0)?.to_dtype(DType::F32)?;
@@ -249,7 +234,7 @@ impl Tensors {
     /// number.
     fn of_rows(&self, hidden: &[f32], mut each: impl FnMut(usize, Tensor) -> Result<()>) -> Result<()> {
         let Some(head) = &self.head else { return Ok(()) };
-        let at_once = (self.at_once.logits / self.config.vocab_size).max(1);
+        let at_once = (self.logits_at_once / self.config.vocab_size).max(1);
         for (part, hidden) in hidden.chunks(at_once * self.config.hidden_size).enumerate() {
             let logits = self.upload(hidden)?.matmul(&head.t()?)?.to_dtype(DType::F32)?;
             each(part * at_once, logits)?;
@@ -265,59 +250,6 @@ impl Tensors {
 
     fn numbers(&self, numbers: &[u32]) -> Result<Tensor> {
         Ok(Tensor::from_slice(numbers, numbers.len(), &self.device)?)
-    }
-
-    /// `[length, length]`: [`HIDDEN`] where the column comes after the row.
-    fn future(&self, length: usize) -> Result<Tensor> {
-        let past = Tensor::tril2(length, DType::F32, &self.device)?;
-        Ok(((1.0 - past)? * f64::from(HIDDEN))?)
-    }
-
-    /// `[tokens, slots]` of a step: 0 for the slots of each token's path and its own.
-    fn mask_of_paths(&self, step: &Step) -> Result<Tensor> {
-        let (rows, before) = (step.tokens.len(), step.branches.slots());
-        let slots = before + rows;
-        let mut mask = vec![HIDDEN; rows * slots];
-        for (index, (row, path)) in mask.chunks_exact_mut(slots).zip(step.paths).enumerate() {
-            path.iter().for_each(|slot| row[*slot as usize] = 0.0);
-            row[before + index] = 0.0;
-        }
-        Ok(Tensor::from_vec(mask, (rows, slots), &self.device)?)
-    }
-
-    /// Attention of queries `[heads, n, head_dim]` over parts that follow each other; `[n, heads × head_dim]`.
-    fn attend(&self, queries: &Tensor, parts: &[Part]) -> Result<Tensor> {
-        let c = &self.config;
-        let (heads, count, dim) = queries.dims3()?;
-        let (kv_heads, group) = (c.kv_heads, c.group());
-        // Query heads that share a head of keys and values are neighbours, and become rows of one product.
-        let queries = queries.contiguous()?.reshape((kv_heads, group * count, dim))?;
-        let queries = (queries * (1.0 / (dim as f64).sqrt()))?;
-        let mut scores = Vec::with_capacity(parts.len());
-        for Part { kv, mask } in parts {
-            let length = kv.keys.dim(1)?;
-            let part = queries.matmul(&kv.keys.t()?)?.to_dtype(DType::F32)?;
-            scores.push(match mask {
-                Some(mask) => {
-                    let apart = part.reshape((kv_heads, group, count, length))?;
-                    apart.broadcast_add(mask)?.reshape((kv_heads, group * count, length))?
-                }
-                None => part,
-            });
-        }
-        let probabilities = softmax_last_dim(&Tensor::cat(&scores, 2)?)?.to_dtype(self.dtype)?;
-        let (mut at, mut sum) = (0, None);
-        for Part { kv, .. } in parts {
-            let length = kv.values.dim(1)?;
-            let part = probabilities.narrow(2, at, length)?.contiguous()?.matmul(&kv.values)?;
-            at += length;
-            sum = Some(match sum {
-                Some(sum) => (sum + part)?,
-                None => part,
-            });
-        }
-        let out = sum.ok_or_else(|| Error::argument("attention over nothing"))?;
-        Ok(out.reshape((heads, count, dim))?.transpose(0, 1)?.contiguous()?.reshape((count, heads * dim))?)
     }
 
     /// From tokens to hidden states after the last norm, in f32; `attend` keeps keys and values, and returns attention
@@ -358,13 +290,12 @@ impl Tensors {
             Ok(qkv.narrow(1, from, heads * c.head_dim)?.contiguous()?.reshape((rows, heads, c.head_dim))?)
         };
         let turned = |x: Tensor, norm: &Tensor| -> Result<Tensor> {
-            let x = rms_norm(&x, norm, eps)?.transpose(0, 1)?.contiguous()?.unsqueeze(0)?;
-            Ok(rope(&x, cos, sin)?.squeeze(0)?)
+            Ok(rope_thd(&rms_norm(&x, norm, eps)?.unsqueeze(0)?, cos, sin)?.squeeze(0)?)
         };
         let (q, kv) = (c.query_width(), c.kv_width());
         let queries = turned(heads(0, c.heads)?, &layer.query_norm)?;
         let keys = turned(heads(q, c.kv_heads)?, &layer.key_norm)?;
-        let values = heads(q + kv, c.kv_heads)?.transpose(0, 1)?.contiguous()?;
+        let values = heads(q + kv, c.kv_heads)?;
         Ok(Projected { queries, kv: LayerKv { keys, values } })
     }
 
@@ -383,18 +314,5 @@ impl Tensors {
             Ok(Tensor::from_vec(values, (positions.len(), half), &self.device)?.to_dtype(self.dtype)?)
         };
         Ok((tensor(cos)?, tensor(sin)?))
-    }
-}
-
-impl LayerKv {
-    /// `count` tokens from `first` on.
-    fn part(&self, first: usize, count: usize) -> Result<Self> {
-        let part = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.narrow(1, first, count)?.contiguous()?) };
-        Ok(Self { keys: part(&self.keys)?, values: part(&self.values)? })
-    }
-
-    fn followed_by(&self, next: &Self) -> Result<Self> {
-        let both = |a: &Tensor, b: &Tensor| -> Result<Tensor> { Ok(Tensor::cat(&[a, b], 1)?) };
-        Ok(Self { keys: both(&self.keys, &next.keys)?, values: both(&self.values, &next.values)? })
     }
 }

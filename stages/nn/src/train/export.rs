@@ -81,7 +81,7 @@ fn write_json(path: &Path, value: &Value) -> Result<(), Error> {
 mod tests {
     use super::*;
     use crate::{
-        qwen3::{Prompt, Qwen3, Wanted},
+        qwen3::{Qwen3, Room, Wanted},
         train::{Batch, Model, init},
     };
 
@@ -118,7 +118,8 @@ mod tests {
             batch.push(&tokens, 1);
             let ours = Model::new(config(tied), weights.clone(), 64).logits(&batch);
             let engine = Qwen3::load(folder.path()).unwrap();
-            let (_, hidden) = engine.read(&[Prompt { prefix: None, tokens: &tokens }], Wanted::All, 1).unwrap();
+            let mut branches = engine.branches(None, Room::of(&[&tokens], 0)).unwrap();
+            let hidden = engine.read(&mut branches, &[&tokens], Wanted::All, 1).unwrap();
             let theirs = engine.logits(&hidden, 1).unwrap();
             let apart = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(apart < 1e-4, "{apart}");

@@ -35,12 +35,8 @@ pub fn made_up(folder: &Path) -> Qwen3 {
         head_dim: 8,
         max_positions: 256,
         rope_theta: 1e4,
-        rms_norm_eps: 1e-6,
-        tied: true,
-        bos_token: None,
         eos_tokens: vec![2],
-        pad_token: None,
-        initializer_range: 0.02,
+        ..Config::default()
     };
     std::fs::write(folder.join("config.json"), config.to_json("float32").to_string()).unwrap();
     let mut noise = Noise(5);

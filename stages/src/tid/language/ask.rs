@@ -6,7 +6,10 @@
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use grlm_nn::chat::{Answering, ChatModel, Message};
+use grlm_nn::{
+    chat::{Answering, ChatModel, Message},
+    generate::PROMPTS_ON_DEVICE,
+};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -25,10 +28,8 @@ pub const PLACE: &str = "extractor.model";
 const NAMESPACE: &str = "tid-answer";
 /// Raised when the code of this folder, of `parse` or of the chat model changes what an item's answer is.
 const ROW_VERSION: u32 = 2;
-/// Conversations that a device gets at a time.
+/// Conversations that the CPU gets at a time; a GPU gets as many as it may have in work together.
 const PIECE: usize = 32;
-/// The same for a GPU, which has as many in work together.
-const PIECE_ON_GPU: usize = 64;
 /// Where answers end.
 const STOP: char = ']';
 /// The field by which servers take settings of the chat template.
@@ -123,7 +124,7 @@ impl<'a> Asker<'a> {
             .max_failed_rows(self.max_failed_rows);
         match &self.place {
             Place::Server(_) => job.batch(1).requests(model.concurrency),
-            Place::Folder { device, .. } => job.batch(if *device == CPU { PIECE } else { PIECE_ON_GPU }),
+            Place::Folder { device, .. } => job.batch(if *device == CPU { PIECE } else { PROMPTS_ON_DEVICE }),
         }
     }
 
