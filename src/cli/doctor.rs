@@ -7,8 +7,8 @@ use std::{
 };
 
 use grlm_cache::{Access, Store};
+use grlm_stages::model_folder;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::{
     Global,
@@ -253,22 +253,23 @@ fn data(work: &Work, findings: &mut Findings) {
     }
 }
 
-/// Models that parameters name: a folder, or a repository in the hub's cache.
+/// Models that stages load themselves: a folder, or a repository in the hub's cache.
 fn weights(work: &Work, findings: &mut Findings) {
-    let mut models = BTreeSet::new();
-    for id in 0..work.nodes.len() {
-        collect_models(&work.stage(id).params, &mut models);
-    }
-    for model in models {
+    let models = |id| {
+        let stage = work.stage(id);
+        stage.kind.models(&stage.params).unwrap_or_default().into_values()
+    };
+    for model in (0..work.nodes.len()).flat_map(models).collect::<BTreeSet<String>>() {
         let folder = Path::new(&model);
         if folder.is_dir() {
-            match lacks(folder) {
+            match lacks(folder).map(|what| format!("{model} has no {what}")).or_else(|| model_folder::damage(folder)) {
                 None => findings.ok("weights", format!("{model}: {}", human_bytes(weight_bytes(folder)))),
-                Some(what) => findings.wrong("weights", format!("{model} has no {what}"), None),
+                Some(what) => findings.wrong("weights", what, Some("copy the model's folder again".into())),
             }
             continue;
         }
-        let name = format!("models--{}", model.replace('/', "--"));
+        let repository = model.split('@').next().unwrap_or(&model);
+        let name = format!("models--{}", repository.replace('/', "--"));
         let snapshots = hub_cache().join(name).join("snapshots");
         let found: Vec<PathBuf> = fs::read_dir(snapshots).into_iter().flatten().flatten().map(|e| e.path()).collect();
         match found.iter().find(|snapshot| lacks(snapshot).is_none()) {
@@ -289,24 +290,6 @@ fn weights(work: &Work, findings: &mut Findings) {
                 );
             }
         }
-    }
-}
-
-/// Values of parameters called `model` or `base`, at any depth.
-fn collect_models(params: &Value, models: &mut BTreeSet<String>) {
-    match params {
-        Value::Object(map) => {
-            for (name, value) in map {
-                match value {
-                    Value::String(text) if matches!(name.as_str(), "model" | "base") && !text.is_empty() => {
-                        models.insert(text.clone());
-                    }
-                    value => collect_models(value, models),
-                }
-            }
-        }
-        Value::Array(list) => list.iter().for_each(|value| collect_models(value, models)),
-        _ => {}
     }
 }
 
@@ -339,17 +322,6 @@ fn weight_bytes(folder: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn models_are_found_wherever_parameters_name_them() {
-        let params = serde_json::json!({
-            "encoder": {"model": "Qwen/Qwen3-Embedding-8B", "dtype": "bf16"}, "base": "x/y", "list": [{"model": "z"}],
-            "extractor": "keywords", "model": 3
-        });
-        let mut models = BTreeSet::new();
-        collect_models(&params, &mut models);
-        assert_eq!(models.into_iter().collect::<Vec<_>>(), ["Qwen/Qwen3-Embedding-8B", "x/y", "z"]);
-    }
 
     #[test]
     fn an_unfinished_model_says_what_it_lacks() {

@@ -59,6 +59,8 @@ impl Files {
         Ok(Self { contents: digested, models: Models::pin(store, work)? })
     }
 
+    /// Whether every model that is asked for is there, as far as is known.
+    ///
     /// # Errors
     /// A model is not there, so that its stage could not run.
     pub fn check_models(&self, work: &Work) -> Result<(), FilesError> {

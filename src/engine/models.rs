@@ -61,6 +61,8 @@ impl Models {
         Ok(models)
     }
 
+    /// Whether every model that is asked for is there, as far as is known.
+    ///
     /// # Errors
     /// A model that is not there, so that its stage would fail however often it is tried.
     pub fn check(&self, work: &Work) -> Result<(), FilesError> {

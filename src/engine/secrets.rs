@@ -4,7 +4,7 @@ use grlm_cache::Store;
 
 use super::{
     foresee::{Foreseen, foresee},
-    rows,
+    rows::{self, Untold},
     run::RunError,
     work::{NodeId, Permission, Work},
 };
@@ -13,7 +13,7 @@ use super::{
 /// be said before another stage has run.
 ///
 /// # Errors
-/// There is one; a file of the user's or the store cannot be read.
+/// There is one; its rows cannot be told (a file of the user's is damaged); the store cannot be read.
 pub fn check(store: &Store, work: &Work) -> Result<(), RunError> {
     let unset = unset(work);
     if unset.is_empty() {
@@ -26,8 +26,9 @@ pub fn check(store: &Store, work: &Work) -> Result<(), RunError> {
             Foreseen::UpToDate(_) | Foreseen::Left => false,
             Foreseen::Maybe { .. } => true,
             Foreseen::Run { action, .. } => {
-                let rows = rows::foresee(store, stage, node, action, None);
-                rows.ok().flatten().is_none_or(|rows| rows.missing > 0)
+                let rows =
+                    rows::foresee(store, stage, node, action, None).map_err(|error| untold(&node.label, error))?;
+                rows.is_none_or(|rows| rows.missing > 0)
             }
         };
         if needed {
@@ -37,6 +38,13 @@ pub fn check(store: &Store, work: &Work) -> Result<(), RunError> {
         }
     }
     Ok(())
+}
+
+fn untold(label: &str, error: Untold) -> RunError {
+    match error {
+        Untold::Store(error) => error.into(),
+        error => RunError::File { message: format!("`{label}`: {error}"), help: error.help() },
+    }
 }
 
 /// Stages that may run, each with a variable of its that is not set.

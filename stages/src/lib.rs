@@ -15,7 +15,7 @@ pub mod hub;
 pub mod lm;
 pub mod machine;
 pub mod method;
-mod model_folder;
+pub mod model_folder;
 pub mod prompts;
 pub mod registry;
 pub mod rows;

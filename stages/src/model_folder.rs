@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use grlm_nn::qwen3::weights::Weights;
+
 use crate::{ParamIssue, Resources, hub::ModelName};
 
 /// A model as [`crate::Stage::models`] names it.
@@ -15,6 +17,11 @@ pub fn name(model: &str, revision: Option<&str>) -> String {
 /// Whether the model of this name is on disk, so that looking at it takes no network.
 pub fn is_at_hand(name: &str) -> bool {
     matches!(ModelName::parse(name), Ok(ModelName::Folder(folder)) if folder.is_dir())
+}
+
+/// What is wrong with the files of a folder's weights, as far as their headers tell.
+pub fn damage(folder: &Path) -> Option<String> {
+    Weights::map(folder).err().map(|error| error.to_string())
 }
 
 /// What is wrong with a model's name before anything runs: it is a path at which no folder is, or no name at all.
@@ -45,6 +52,16 @@ mod tests {
         assert!(is_at_hand(&path));
         assert_eq!(name("Qwen/Qwen3-4B", Some("v1")), "Qwen/Qwen3-4B@v1");
         assert!(!is_at_hand("Qwen/Qwen3-4B@v1") && !is_at_hand("/no/such/folder"));
+    }
+
+    #[test]
+    fn weights_that_are_cut_short_are_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = concat!(env!("CARGO_MANIFEST_DIR"), "/nn/tests/fixtures/encoders/bert");
+        assert_eq!(damage(Path::new(whole)), None);
+        let bytes = std::fs::read(Path::new(whole).join("model.safetensors")).unwrap();
+        std::fs::write(folder.path().join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+        assert!(damage(folder.path()).is_some_and(|what| what.contains("not a whole safetensors file")));
     }
 
     #[test]

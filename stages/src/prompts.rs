@@ -1,7 +1,7 @@
 //! The prompt texts: loading, checking, and filling in their placeholders.
 //!
 //! The built-in texts are our own (`prompts/default.json`); a file of the same layout, connected to a stage's `prompts`
-//! port, replaces them. What a placeholder stands for is decided by the stage that renders the prompt.
+//! port, replaces those that it has. What a placeholder stands for is decided by the stage that renders the prompt.
 
 use std::{collections::BTreeSet, path::Path};
 

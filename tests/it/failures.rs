@@ -212,6 +212,60 @@ fn a_server_s_key_that_is_not_set_is_missed_before_anything_runs() {
     env.ok(&["run", "asking.yaml", "--only", "make"]);
 }
 
+/// A server of embeddings: every text has the same.
+fn embeddings() -> String {
+    use std::io::{BufRead, Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/v1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut reader = std::io::BufReader::new(stream.try_clone().unwrap());
+            let (mut line, mut length) = (String::new(), 0);
+            while reader.read_line(&mut line).unwrap() > 2 {
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().unwrap();
+                }
+                line.clear();
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            let texts = body["input"].as_array().unwrap().len();
+            let data: Vec<_> =
+                (0..texts).map(|index| serde_json::json!({"index": index, "embedding": [1.0, 0.5]})).collect();
+            let answer = serde_json::json!({"data": data}).to_string();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", answer.len());
+            let _ = stream.write_all(format!("{head}{answer}").as_bytes());
+        }
+    });
+    address
+}
+
+#[test]
+fn a_server_s_key_is_not_missed_where_every_answer_is_known() {
+    let env = Environment::new();
+    let asking = ASKING.replace("http://127.0.0.1:9/v1", &embeddings());
+    env.write("asking.yaml", &asking);
+    let with_key = env.command(&["run", "asking.yaml"]).env("GRLM_TEST_ASKING_KEY", "any").output().unwrap();
+    assert!(with_key.status.success(), "{}", String::from_utf8_lossy(&with_key.stderr));
+    env.write("asking.yaml", &asking.replace("encoder: {", "top_k: 3, encoder: {"));
+    assert_eq!(env.computed("asking.yaml", "near"), Some(0));
+}
+
+#[test]
+fn a_damaged_file_is_not_told_as_a_missing_key() {
+    let env = Environment::new();
+    let (begin, end) = (ASKING.find("  make:").unwrap(), ASKING.find("  near:").unwrap());
+    let asking = format!("{}{}", &ASKING[..begin], &ASKING[end..]).replace("make.items", "{ file: items.jsonl }");
+    env.write("asking.yaml", &asking);
+    env.write("items.jsonl", "{\"id\": \"1\", \"title\":\n");
+    let said = unwrapped(&env.fails(3, &["run", "asking.yaml"]));
+    assert!(
+        said.contains("`near`: ") && said.contains("items.jsonl:1") && !said.contains("which is not set"),
+        "{said}"
+    );
+}
+
 #[test]
 fn a_model_that_the_hub_does_not_have_is_a_mistake_before_anything_runs() {
     let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

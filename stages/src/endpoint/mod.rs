@@ -7,32 +7,30 @@
 //! | no connection, no whole answer in time, 408, 409, 425, 429, 5xx, an answer that is not what was asked for | tried again, later and later, or when `Retry-After` says |
 //! | 400, 413, 415, 422 | this request has failed; the others go on |
 //! | 401, 403, 404 and other refusals | a mistake in the parameters: all end, and the stage is not tried again |
-//! | as many requests in a row have failed for good as are under way at once | the server is taken to be down: all end |
+//! | as many requests in a row as are under way at once have failed for good without an answer (429 and 502 to 504 are none) | the server is taken to be down: all end |
 //!
 //! The key stands in the one header that is sent, and is blanked in every message.
 
 use std::{
-    collections::BTreeMap,
     fmt, io,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use serde_json::{Map, Value};
 use ureq::{Agent, Timeout};
 
-use crate::{ParamIssue, StageError, StopFlag, rows::RowFailure};
+use crate::{StageError, StopFlag, rows::RowFailure};
 
 pub(crate) mod retry;
 #[cfg(test)]
 pub(crate) mod server;
+mod settings;
 #[cfg(test)]
 mod tests;
 
 use retry::{Delays, retry_after};
+pub use settings::{Settings, concurrency, retries, secret, timeout};
 
 /// An answer larger than this is not one.
 const LARGEST_ANSWER: u64 = 256 << 20;
@@ -40,105 +38,6 @@ const LARGEST_ANSWER: u64 = 256 << 20;
 const NAP: Duration = Duration::from_millis(50);
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
-/// A host that takes longer to be connected to is not there.
-const LONGEST_TO_CONNECT: Duration = Duration::from_secs(20);
-
-/// How a server is asked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Settings {
-    /// The environment variable that holds the key; the stage must declare it.
-    pub api_key_env: Option<String>,
-    /// Requests that are under way at once.
-    pub concurrency: usize,
-    /// Seconds in which a whole answer must have come.
-    pub timeout: f64,
-    /// How often a request that failed is tried again.
-    pub retries: u32,
-    /// Further fields of each request's body, as the server knows them; `null` takes one of ours away.
-    pub extra_body: Map<String, Value>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        let (concurrency, timeout, retries) = (concurrency(), timeout(), retries());
-        Self { api_key_env: None, concurrency, timeout, retries, extra_body: Map::new() }
-    }
-}
-
-/// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand.
-pub fn secret(at: &str, api_key_env: Option<&str>) -> BTreeMap<String, String> {
-    api_key_env.map(|name| (format!("{at}.api_key_env"), name.to_owned())).into_iter().collect()
-}
-
-/// Requests under way at once, where nothing is said.
-pub fn concurrency() -> usize {
-    8
-}
-
-/// Seconds for a whole answer, where nothing is said.
-pub fn timeout() -> f64 {
-    120.0
-}
-
-/// New tries, where nothing is said.
-pub fn retries() -> u32 {
-    5
-}
-
-impl Settings {
-    /// Mistakes in these settings and in the server's address, under `path`. Without an address, no server is asked,
-    /// and settings that only make sense with one are mistakes.
-    pub fn check(&self, path: &str, address: Option<&str>) -> Vec<ParamIssue> {
-        let mut issues = Vec::new();
-        let mut issue = |name: &str, message: &str| issues.push(ParamIssue::new(format!("{path}.{name}"), message));
-        let Some(address) = address else {
-            let usual = Self::default();
-            let given = [
-                ("api_key_env", self.api_key_env.is_some()),
-                ("extra_body", !self.extra_body.is_empty()),
-                ("concurrency", self.concurrency != usual.concurrency),
-                ("timeout", self.timeout != usual.timeout),
-                ("retries", self.retries != usual.retries),
-            ];
-            for (name, _) in given.into_iter().filter(|(_, given)| *given) {
-                issue(name, "is for a server: `endpoint` is missing");
-            }
-            return issues;
-        };
-        match address.split_once("://") {
-            Some(("http" | "https", rest)) if rest.split('/').next().is_some_and(|host| host.contains('@')) => {
-                issue("endpoint", "holds a password; name the variable of the key by `api_key_env`");
-            }
-            // Nothing can be appended to it, and what stands there is often a key, which would be written down.
-            Some(("http" | "https", rest)) if rest.contains(['?', '#']) => {
-                issue("endpoint", "ends before `?`; name the variable of a key by `api_key_env`");
-            }
-            Some(("http" | "https", rest)) if !rest.is_empty() => {}
-            _ => issue("endpoint", "must be a URL, such as http://localhost:8000/v1"),
-        }
-        if self.concurrency == 0 || self.concurrency > 4096 {
-            issue("concurrency", "must be from 1 to 4096");
-        }
-        if !(self.timeout > 0.0 && self.timeout <= 86_400.0) {
-            issue("timeout", "must be above 0 and at most 86400 seconds");
-        }
-        if self.retries > 100 {
-            issue("retries", "at most 100");
-        }
-        if self.api_key_env.as_ref().is_some_and(|name| name.is_empty() || name.contains(['=', '\0', ' '])) {
-            issue("api_key_env", "must be the name of an environment variable, not the key");
-        }
-        issues
-    }
-
-    fn timeout(&self) -> Duration {
-        Duration::from_secs_f64(self.timeout)
-    }
-
-    fn timeout_to_connect(&self) -> Duration {
-        self.timeout().min(LONGEST_TO_CONNECT)
-    }
-}
 
 /// Why there is no answer to a request.
 #[derive(Debug)]
@@ -176,8 +75,9 @@ pub struct Endpoint {
     stop: StopFlag,
     /// No request is sent before.
     not_before: Mutex<Option<Instant>>,
-    /// Requests that failed for good since the last that did not.
-    failed_in_a_row: AtomicUsize,
+    silence: Mutex<Silence>,
+    /// What ends all requests, those that wait too.
+    ended: OnceLock<StageError>,
     counts: Mutex<Counts>,
 }
 
@@ -188,6 +88,15 @@ struct Counts {
     failed: usize,
     /// Reasons of new tries, in order of first appearance.
     again: Vec<(String, usize)>,
+}
+
+/// Requests that failed for good since the last answer to any, without one to their last try.
+#[derive(Debug, Default)]
+struct Silence {
+    requests: usize,
+    /// Of the last try.
+    reason: String,
+    message: String,
 }
 
 /// One try that did not succeed.
@@ -223,7 +132,8 @@ impl Endpoint {
             delays: Delays::default(),
             stop,
             not_before: Mutex::new(None),
-            failed_in_a_row: AtomicUsize::new(0),
+            silence: Mutex::default(),
+            ended: OnceLock::new(),
             counts: Mutex::default(),
         }
     }
@@ -271,36 +181,40 @@ impl Endpoint {
         self.check_key()?;
         let url = format!("{}/{path}", self.address);
         let body = Value::Object(self.with_extra(body)).to_string();
-        let (mut last, mut last_answered) = (String::new(), false);
+        let (mut last, mut last_reason, mut last_answered) = (String::new(), String::new(), false);
         for attempt in 0..tries {
             self.wait_for_turn()?;
-            if self.failed_in_a_row.load(Ordering::Relaxed) >= self.settings.concurrency.max(3) {
-                return Err(CallError::All(self.down(&url)));
+            if locked(&self.silence).requests >= self.settings.concurrency.max(3) {
+                return Err(CallError::All(self.end(self.down())));
             }
             match self.attempt(&url, &body, &accept) {
                 Ok(answer) => {
-                    self.failed_in_a_row.store(0, Ordering::Relaxed);
+                    locked(&self.silence).requests = 0;
                     locked(&self.counts).answered += 1;
                     return Ok(answer);
                 }
                 Err(Miss::Request(message)) => {
+                    locked(&self.silence).requests = 0;
                     locked(&self.counts).failed += 1;
                     return Err(CallError::Refused(RowFailure::new(message)));
                 }
-                Err(Miss::All(error)) => {
-                    let help = "check the address, the model's name and the key; what was answered until now is kept";
-                    return Err(CallError::All(error.help(help)));
-                }
+                Err(Miss::All(error)) => return Err(CallError::All(self.end(error))),
                 Err(Miss::Again { reason, message, wait, answered }) => {
-                    (last, last_answered) = (message, answered);
+                    if answered {
+                        locked(&self.silence).requests = 0;
+                    }
+                    (last, last_reason, last_answered) = (message, reason, answered);
                     if attempt + 1 < tries {
-                        self.count_again(reason);
+                        self.count_again(&last_reason);
                         self.back_off(attempt, wait)?;
                     }
                 }
             }
         }
-        self.failed_in_a_row.fetch_add(1, Ordering::Relaxed);
+        if !last_answered {
+            let mut silence = locked(&self.silence);
+            *silence = Silence { requests: silence.requests + 1, reason: last_reason, message: last.clone() };
+        }
         locked(&self.counts).failed += 1;
         let failure = RowFailure::new(format!("no answer in {}; the last: {last}", counted(tries, "try", "tries")));
         Err(CallError::NoAnswer { failure, answered: last_answered })
@@ -315,6 +229,12 @@ impl Endpoint {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The last refusal was no failure: the caller asks otherwise.
+    pub fn forget_refusal(&self) {
+        let mut counts = locked(&self.counts);
+        counts.failed = counts.failed.saturating_sub(1);
     }
 
     /// What became of all requests, in words, where there is something to tell.
@@ -377,11 +297,18 @@ impl Endpoint {
                 let message = format!("{url}: status {status}{}{message}", if message.is_empty() { "" } else { ": " });
                 Err(match status {
                     408 | 409 | 425 | 429 | 500..=599 => {
-                        let answered = status >= 500;
+                        // A proxy without its server says so by 502 to 504, of whatever request.
+                        let answered = status >= 500 && !(502..=504).contains(&status);
                         Miss::Again { reason: format!("status {status}"), message, wait, answered }
                     }
                     400 | 413 | 415 | 422 => Miss::Request(message),
-                    _ => Miss::All(StageError::params(message)),
+                    _ => Miss::All(StageError::params(message).help(match status {
+                        401 | 403 => "check the key (`api_key_env`) and what it is for; what was answered until now is kept",
+                        _ => {
+                            "this is not the interface, or not its model: check the address, which ends before \
+                             `/chat/completions` or `/embeddings`, and the model's name; what was answered until now is kept"
+                        }
+                    })),
                 })
             }
         }
@@ -412,18 +339,35 @@ impl Endpoint {
         Miss::Again { reason: reason.to_owned(), message: format!("{url}: {what}"), wait: None, answered: false }
     }
 
-    fn down(&self, url: &str) -> StageError {
-        let failed = self.failed_in_a_row.load(Ordering::Relaxed);
-        StageError::Network { message: format!("{url}: {failed} requests in a row had no answer"), help: None }
-            .help("see whether the server runs; what was answered until now is kept, and a rerun goes on")
+    fn down(&self) -> StageError {
+        let Silence { requests, reason, message } = &*locked(&self.silence);
+        let message = format!("{requests} requests in a row had no answer; the last: {message}");
+        let what = match reason.as_str() {
+            "no connection" => "nobody listens there: start the server, or mend the address",
+            "status 429" => "a limit or quota of the server is used up: wait, raise it, or lower `concurrency`",
+            "no answer in time" => "the server is too slow or hangs: raise `timeout`, or lower `concurrency`",
+            _ => "see whether the server runs, and speaks OpenAI's interface",
+        };
+        let help = format!("{what}; what was answered until now is kept, and a rerun goes on");
+        StageError::Network { message, help: Some(help) }
+    }
+
+    /// Ends all requests, those that wait too, with this error, or the first that did.
+    pub fn end(&self, error: StageError) -> StageError {
+        copied(self.ended.get_or_init(|| error))
+    }
+
+    fn check_end(&self) -> Result<(), CallError> {
+        if self.stop.is_set() {
+            return Err(CallError::All(StageError::Stopped));
+        }
+        self.ended.get().map_or(Ok(()), |error| Err(CallError::All(copied(error))))
     }
 
     /// Sleeps until requests may be sent.
     fn wait_for_turn(&self) -> Result<(), CallError> {
         loop {
-            if self.stop.is_set() {
-                return Err(CallError::All(StageError::Stopped));
-            }
+            self.check_end()?;
             let until = *locked(&self.not_before);
             match until.map(|until| until.saturating_duration_since(Instant::now())) {
                 Some(left) if !left.is_zero() => std::thread::sleep(left.min(NAP)),
@@ -440,19 +384,17 @@ impl Endpoint {
             *not_before = Some(not_before.map_or(until, |earlier| earlier.max(until)));
         }
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            if self.stop.is_set() {
-                return Err(CallError::All(StageError::Stopped));
-            }
+            self.check_end()?;
             std::thread::sleep(left.min(NAP));
         }
         Ok(())
     }
 
-    fn count_again(&self, reason: String) {
+    fn count_again(&self, reason: &str) {
         let mut counts = locked(&self.counts);
-        match counts.again.iter_mut().find(|(known, _)| *known == reason) {
+        match counts.again.iter_mut().find(|(known, _)| known == reason) {
             Some((_, count)) => *count += 1,
-            None => counts.again.push((reason, 1)),
+            None => counts.again.push((reason.to_owned(), 1)),
         }
     }
 
@@ -491,6 +433,18 @@ impl fmt::Debug for Endpoint {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Whole between calls, so a panic elsewhere does no harm.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same once more, of what ends requests.
+fn copied(error: &StageError) -> StageError {
+    match error {
+        StageError::Params { message, help } => StageError::Params { message: message.clone(), help: help.clone() },
+        StageError::Network { message, help } => StageError::Network { message: message.clone(), help: help.clone() },
+        StageError::FailedRows { message, help } => {
+            StageError::FailedRows { message: message.clone(), help: help.clone() }
+        }
+        _ => StageError::bug(error.to_string()),
+    }
 }
 
 fn counted(number: u32, one: &str, many: &str) -> String {

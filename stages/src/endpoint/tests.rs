@@ -1,7 +1,10 @@
 //! The client against a server that fails in every way.
 
 use std::{
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -14,7 +17,7 @@ use super::{
 use crate::{Failure, StageError, StopFlag};
 
 fn settings() -> Settings {
-    Settings { timeout: 2.0, retries: 3, concurrency: 4, ..Settings::default() }
+    Settings { timeout: 60.0, retries: 3, concurrency: 4, ..Settings::default() }
 }
 
 fn endpoint(url: &str, settings: Settings) -> Endpoint {
@@ -69,8 +72,10 @@ fn every_failure_that_may_pass_is_tried_again() {
         ("another answer than was asked for", Reply::Json(json!({"m": 1}))),
     ];
     for (reason, reply) in replies {
+        // Only who waits for nothing has to wait for its end.
+        let timeout = if matches!(reply, Reply::Hang) { 2.0 } else { 60.0 };
         let server = failing_first(move |_| reply.clone());
-        let endpoint = endpoint(&server.url(), settings());
+        let endpoint = endpoint(&server.url(), Settings { timeout, ..settings() });
         let answers = each(&endpoint, 3, |n| endpoint.post("x", body(n), number).unwrap());
         assert_eq!(answers, [0, 1, 2], "{reason}");
         let report = endpoint.report().unwrap();
@@ -165,10 +170,94 @@ fn a_server_that_is_down_ends_all_after_a_few_requests() {
     let ended = answers.iter().filter(|a| matches!(a, Err(CallError::All(StageError::Network { .. })))).count();
     assert!(ended >= 90, "{ended}");
     assert!(server.seen().len() <= 20, "{}", server.seen().len());
-    let Err(CallError::NoAnswer { failure, answered: false }) = &answers[0] else { panic!() };
+    let failure = answers.iter().find_map(|answer| match answer {
+        Err(CallError::NoAnswer { failure, answered: false }) => Some(failure),
+        _ => None,
+    });
+    let failure = failure.unwrap();
     assert!(failure.message.starts_with("no answer in 2 tries; the last: http://"), "{failure}");
     let Err(CallError::All(error)) = &answers[99] else { panic!() };
     assert!(error.to_string().contains("requests in a row had no answer"), "{error}");
+}
+
+#[test]
+fn requests_over_which_a_server_stumbles_are_no_sign_that_it_is_down() {
+    for status in [500, 501] {
+        let server = Server::start(move |request| match request.body["n"].as_u64() {
+            Some(8..) => Reply::Json(request.body.clone()),
+            _ => Reply::Status(status, "", json!({"error": {"message": "input is too large"}})),
+        });
+        let endpoint = endpoint(&server.url(), Settings { concurrency: 1, retries: 1, ..settings() });
+        let answers = each(&endpoint, 16, |n| endpoint.post("x", body(n), number));
+        assert!(answers[..8].iter().all(|a| matches!(a, Err(CallError::NoAnswer { answered: true, .. }))));
+        assert!(answers[8..].iter().all(Result::is_ok));
+    }
+}
+
+#[test]
+fn an_answer_between_failures_shows_that_a_server_runs() {
+    let server = Server::start(|request| match request.body["n"].as_u64() {
+        Some(n) if n % 3 == 2 => Reply::Status(400, "", json!("too long")),
+        _ => Reply::Close,
+    });
+    let endpoint = endpoint(&server.url(), Settings { concurrency: 1, retries: 0, ..settings() });
+    let answers = each(&endpoint, 12, |n| endpoint.post("x", body(n), number));
+    assert!(answers.iter().all(|answer| !matches!(answer, Err(CallError::All(_)))), "{answers:?}");
+}
+
+#[test]
+fn a_server_that_is_down_is_told_with_its_last_words_and_what_may_help() {
+    let one = Settings { concurrency: 1, retries: 0, ..settings() };
+    let end = |url: &str| {
+        let endpoint = endpoint(url, one.clone());
+        let last = each(&endpoint, 4, |n| endpoint.post("x", body(n), number)).pop();
+        let Some(Err(CallError::All(error))) = last else { panic!("{last:?}") };
+        (error.to_string(), error.help_text().unwrap().to_owned())
+    };
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (message, help) = end(&format!("http://{free}/v1"));
+    assert!(message.contains("3 requests in a row had no answer; the last: http://"), "{message}");
+    assert!(message.contains("no connection: Connection refused") && help.starts_with("nobody listens"), "{help}");
+    for (status, said, helps) in
+        [(429, "no credit left", "a limit or quota"), (503, "no healthy upstream", "see whether the server runs")]
+    {
+        let server = Server::start(move |_| Reply::Status(status, "", json!({"error": {"message": said}})));
+        let (message, help) = end(&server.url());
+        assert!(message.ends_with(&format!("status {status}: {said}")) && help.starts_with(helps), "{message}: {help}");
+    }
+    let server = Server::start(|_| Reply::Status(404, "", json!("not found")));
+    let refused = endpoint(&server.url(), one.clone()).post("x", body(0), number);
+    let Err(CallError::All(error)) = refused else { panic!() };
+    assert!(error.help_text().unwrap().starts_with("this is not the interface"), "{error:?}");
+}
+
+#[test]
+fn what_ends_all_ends_the_waits_too() {
+    let under_way = AtomicBool::new(false);
+    let server = Server::start(move |request| {
+        if request.body["n"] == 1 {
+            under_way.store(true, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(200));
+            return Reply::Status(401, "", json!("who are you"));
+        }
+        while !under_way.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Reply::Status(429, "retry-after: 600", json!({}))
+    });
+    let endpoint = endpoint(&server.url(), Settings { concurrency: 2, ..settings() });
+    let start = Instant::now();
+    for answer in each(&endpoint, 2, |n| endpoint.post("x", body(n), number)) {
+        let Err(CallError::All(error)) = answer else { panic!("{answer:?}") };
+        assert!(error.to_string().ends_with("status 401: \"who are you\""), "{error}");
+        assert_eq!(error.failure(), Failure::WrongInput);
+    }
+    assert!(start.elapsed() < Duration::from_secs(300));
+    // So does what the caller has to say.
+    let endpoint = Endpoint::new(&server.url(), settings(), StopFlag::default());
+    endpoint.end(StageError::FailedRows { message: "enough".into(), help: None });
+    let Err(CallError::All(error)) = endpoint.post("x", body(0), number) else { panic!() };
+    assert_eq!((error.to_string().as_str(), error.failure()), ("enough", Failure::FailedRows));
 }
 
 #[test]
@@ -178,10 +267,6 @@ fn nobody_there_is_told_from_half_an_answer() {
     assert!(failure.message.contains("no connection: Connection refused"), "{failure}");
     let report = nobody.report().unwrap();
     assert!(report.contains("1 failed; 3 tried again (3 × no connection)"), "{report}");
-    // Of a network for documentation (RFC 5737): nobody answers.
-    let far = endpoint("http://192.0.2.1/v1", Settings { timeout: 0.2, retries: 0, ..settings() });
-    let Err(CallError::NoAnswer { failure, .. }) = far.post("x", body(0), number) else { panic!() };
-    assert!(failure.message.contains("no connection") && failure.message.contains("in 1 try;"), "{failure}");
     // The longest wait for a connection, and not that for the answer.
     let slow = endpoint("http://x/v1", Settings { timeout: 90.0, ..settings() });
     let super::Miss::Again { message, reason, .. } = slow.lost("u", ureq::Error::Timeout(ureq::Timeout::Connect))

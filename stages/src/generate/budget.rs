@@ -16,11 +16,11 @@ const MOST: usize = 16;
 const SHARE: f64 = 0.5;
 
 /// Users in work on each of the device's threads, at least 1. `longest` is the longest prompt behind the shared
-/// beginning.
-pub fn batch(params: &Params, config: &Config, trie: &Trie, longest: usize, device: &RowDevice) -> usize {
+/// beginning, `room` the longest answer, both in tokens.
+pub fn batch(params: &Params, room: usize, config: &Config, trie: &Trie, longest: usize, device: &RowDevice) -> usize {
     let slots = match params.decoding {
         Decoding::Catalogue => memory::catalogue_slots(trie, params.beams),
-        Decoding::Free => memory::free_slots(params.beams, params.max_new_tokens),
+        Decoding::Free => memory::free_slots(params.beams, room),
         Decoding::Exact => 0,
     };
     let Some(free) = device.free_memory() else { return MOST };

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{Decoding, Normalize, Params, Score, Work, budget, queries::Query};
 use crate::{
     StageError,
-    artifact::{ItemId, Ranking, SftFormat, TID_LENGTH, TokenKind},
+    artifact::{ItemId, Ranking, SftFormat, TID_LENGTH},
     compute::CPU,
     rows::{RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
 };
@@ -106,7 +106,7 @@ impl<'a> Decoder<'a> {
         let longest = work.queries.iter().map(|q| q.prompt.len()).max().unwrap_or(0) - work.prefix.len();
         let batch = match model.is_on_device() {
             true => PROMPTS_ON_DEVICE,
-            false => budget::batch(params, model.config(), &trie, longest, &device),
+            false => budget::batch(params, work.room, model.config(), &trie, longest, &device),
         } >> smaller.min(16);
         let generator =
             pool.install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))?;
@@ -126,7 +126,7 @@ impl<'a> Decoder<'a> {
                 let prompts: Vec<&[u32]> = queries.iter().map(rest).collect();
                 let free = Free {
                     beams: self.params.beams,
-                    max_new: self.longest_text(),
+                    max_new: self.work.room,
                     length_penalty: penalty,
                     ends: self.ends.clone(),
                 };
@@ -156,14 +156,6 @@ impl<'a> Decoder<'a> {
                 };
                 self.with_titles(queries, scores.into_iter().zip(queries).map(best).collect())
             }
-        }
-    }
-
-    /// Tokens of a free text. A model of words alone writes a TID in five, and would go on with the next item.
-    fn longest_text(&self) -> usize {
-        match self.work.layout.settings().tokens {
-            TokenKind::Words => self.params.max_new_tokens.min(TID_LENGTH),
-            TokenKind::Prefixes | TokenKind::Model => self.params.max_new_tokens,
         }
     }
 
@@ -197,9 +189,6 @@ impl<'a> Decoder<'a> {
             let text = tokenizer.decode(&beam.tokens)?;
             // The first tokens that spell the TID to its end.
             let mut length = beam.tokens.len();
-            if settings.tokens == TokenKind::Words {
-                length = length.min(TID_LENGTH);
-            }
             for count in 1..length {
                 if tokenizer.decode(&beam.tokens[..count])?.contains(end) {
                     length = count;

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Holdout, Id2Meta, Split, TokenKind, jsonl},
+    artifact::{Holdout, Id2Meta, Split, TID_LENGTH, TokenKind, jsonl},
     compute::{Dtype, PerDevice},
     lm::Layout,
     rows::{self, RowDevice, RowJob},
@@ -75,7 +75,8 @@ pub struct Params {
     pub decoding: Decoding,
     /// Beams of each user.
     pub beams: usize,
-    /// Items in each user's list, no more than `beams`. Left out, it is 20, or as many as there are beams.
+    /// Items in each user's list; there are those of `beams` TIDs at most. Left out, it is 20, or as many as there are
+    /// beams.
     pub top_n: Option<usize>,
     /// Among what a token's probability is taken. For `decoding: catalogue` and `exact`.
     pub normalize: Normalize,
@@ -168,13 +169,6 @@ impl Stage for Generate {
             .filter(|(_, count)| *count == 0)
             .map(|(name, _)| ParamIssue::new(name, "must be at least 1"))
             .collect();
-        if let Some(top_n) = params.top_n.filter(|top_n| *top_n > params.beams) {
-            let beams = params.beams;
-            issues.push(
-                ParamIssue::new("top_n", format!("{beams} beams find no {top_n} items"))
-                    .help(format!("raise `beams` to {top_n}, or lower `top_n`")),
-            );
-        }
         if params.splits.is_empty() {
             issues.push(ParamIssue::new("splits", "nothing to rank for").help("give `test`, `valid` or both"));
         }
@@ -247,6 +241,8 @@ struct Work {
     queries: Vec<Query>,
     /// Tokens that all prompts begin with.
     prefix: Vec<u32>,
+    /// Tokens that an answer takes at most.
+    room: usize,
     /// The model learned to tell among what the catalogue allows only, and is asked for more.
     asked_too_much: bool,
 }
@@ -261,12 +257,17 @@ impl Work {
         let id2meta = Id2Meta::read(cx.input("id2meta")?)?;
         let holdout = read_holdout(params, cx)?;
         let tids = Tids::new(&layout, &id2meta, cx.optional_input("tid2item_id"), &holdout, params.compat)?;
-        let room = if params.decoding == Decoding::Free { params.max_new_tokens } else { tids.longest() };
+        let room = match (params.decoding, info.tokens) {
+            (Decoding::Catalogue | Decoding::Exact, _) => tids.longest(),
+            // A model of words writes a TID in five, and would go on with the next item.
+            (Decoding::Free, TokenKind::Words) => params.max_new_tokens.min(TID_LENGTH),
+            (Decoding::Free, _) => params.max_new_tokens,
+        };
         let queries = queries::build(params, &layout, &id2meta, &tids, &holdout, room)?;
         let prefix = queries::common_prefix(&queries).to_vec();
         let asked_too_much = params.normalize == Normalize::Full
             && info.trained_from.get("normalize").is_some_and(|learned| *learned == json!(Normalize::Allowed));
-        Ok(Self { layout, tids, queries, prefix, asked_too_much })
+        Ok(Self { layout, tids, queries, prefix, room, asked_too_much })
     }
 
     fn say(&self, cx: &mut StageContext) {

@@ -225,24 +225,34 @@ impl Hub {
             ModelName::Folder(folder) => Ok(PinnedModel::Folder(folder.clone())),
             ModelName::Hub { repository, revision } => {
                 let (commit, reached) = self.resolve_or_recall(repository, revision)?;
-                if !reached && let Some(folder) = self.kept_by_others(repository, &commit) {
-                    tracing::info!(repository, %commit, "another program put it there: it is known by its files");
-                    return Ok(PinnedModel::Folder(folder));
+                match reached {
+                    true => Ok(PinnedModel::Hub { repository: repository.clone(), commit }),
+                    false => self.pin_unasked(repository, commit),
                 }
-                Ok(PinnedModel::Hub { repository: repository.clone(), commit })
             }
         }
     }
 
-    /// The folder of a commit that another program fetched, in part perhaps, when the hub cannot be asked for the rest.
-    fn kept_by_others(&self, repository: &str, commit: &str) -> Option<PathBuf> {
+    /// A commit that the hub was not asked about. One that another program fetched, in part perhaps, is known by its
+    /// files when the hub cannot be asked for the rest.
+    fn pin_unasked(&self, repository: &str, commit: String) -> Result<PinnedModel, StageError> {
         let folder = cache::Repository::new(&self.cache, repository);
-        let snapshot = folder.snapshot(commit);
-        if folder.is_complete(commit) || !snapshot.join("config.json").exists() {
-            return None;
+        let pinned = |commit| Ok(PinnedModel::Hub { repository: repository.to_owned(), commit });
+        if folder.is_complete(&commit) {
+            return pinned(commit);
         }
-        let answer = self.client.as_ref().map(|client| client.describe(repository, commit));
-        matches!(answer, None | Some(Err(StageError::Network { .. }))).then_some(snapshot)
+        match self.client.as_ref().map(|client| client.describe(repository, &commit)) {
+            Some(Ok(_)) => return pinned(commit),
+            Some(Err(error)) if !matches!(error, StageError::Network { .. }) => return Err(error),
+            _ => {}
+        }
+        let snapshot = folder.snapshot(&commit);
+        if snapshot.join("config.json").exists() {
+            tracing::info!(repository, %commit, "another program put it there: it is known by its files");
+            return Ok(PinnedModel::Folder(snapshot));
+        }
+        // A commit says what the model is, and its results may be there already.
+        pinned(commit)
     }
 
     /// The folder of a pinned model, fetched where needed.

@@ -112,8 +112,10 @@ impl<'a> Run<'a> {
         }
         cx.check_stop()?;
         share.running = devices.len();
-        let threads = devices.len();
-        let stack = if self.job.requests.is_some() { STACK_OF_REQUESTS } else { STACK };
+        let wanted = devices.len();
+        let mut threads = wanted;
+        let requests = self.job.requests.is_some();
+        let (stack, what) = if requests { (STACK_OF_REQUESTS, "request") } else { (STACK, "device") };
         let notes: Vec<Notes> = devices.iter().map(|device| device.notes.clone()).collect();
         let workshop = Workshop {
             job: self.job,
@@ -132,10 +134,16 @@ impl<'a> Run<'a> {
                     .name(format!("{} rows {number}", self.job.unit))
                     .stack_size(stack)
                     .spawn_scoped(scope, move || workshop.device(&device, make));
-                if let Err(error) = started {
-                    let place = format!("device {number}");
-                    workshop.lock().end_device(Err(StageError::io("start a thread for", place, error)));
+                let Err(error) = started else { continue };
+                let error = StageError::io("start a thread for", format!("{what} {number}"), error);
+                if !requests {
+                    workshop.lock().end_device(Err(error));
+                    continue;
                 }
+                // Where one cannot be started the next cannot, and fewer requests at once are no harm.
+                threads = number;
+                workshop.lock().not_started(wanted - threads, threads > 0, error);
+                break;
             }
             workshop.watch(cx, total, &notes);
         });
@@ -144,11 +152,14 @@ impl<'a> Run<'a> {
         }
         let mut share = workshop.share.into_inner().unwrap_or_else(PoisonError::into_inner);
         for error in &share.lost {
-            cx.warn(format!("{error}; its rows went to the other devices"));
+            cx.warn(match requests {
+                true => format!("{error}: {threads} requests were under way at once, and not {wanted}"),
+                false => format!("{error}; its rows went to the other devices"),
+            });
         }
         if let Some(seconds) = share.seconds_per_row() {
             // A server's rows overlap: what a plan makes of it is the time until all are there.
-            let at_once = if self.job.requests.is_some() { threads } else { 1 };
+            let at_once = if requests { threads } else { 1 };
             cx.metric("rows.seconds_per_row", seconds / at_once as f64, None);
         }
         cx.metric("rows.known", share.known as f64, None);

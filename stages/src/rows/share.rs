@@ -183,6 +183,12 @@ impl Share {
         }
     }
 
+    /// So many threads could not be started. The others go on, if there are any.
+    pub fn not_started(&mut self, threads: usize, others: bool, error: StageError) {
+        self.running -= threads;
+        if others { self.lost.push(error) } else { self.fail(error) }
+    }
+
     /// Every row's result, once all are done.
     pub fn into_rows(self, of_row: Vec<u32>) -> Result<Rows, StageError> {
         let results: Option<Vec<RowResult>> = self.results.into_iter().collect();
@@ -190,5 +196,27 @@ impl Share {
             Some(results) => Ok(Rows { results, of_row, known: self.known, computed: self.computed }),
             None => Err(StageError::bug("the devices ended before all rows were done")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_that_cannot_be_started_are_an_error_only_where_none_can() {
+        let no_thread = || StageError::io("start a thread for", "request 2", std::io::ErrorKind::WouldBlock.into());
+        let shared = |others| {
+            let mut share = Share::new(vec![None], vec![1], VecDeque::from([0]), 0);
+            share.running = 5;
+            share.not_started(if others { 3 } else { 5 }, others, no_thread());
+            share
+        };
+        let mut share = shared(true);
+        assert_eq!((share.running, share.lost.len(), share.error.is_none()), (2, 1, true));
+        assert!(matches!(share.next(1), Next::Piece(_)));
+        let mut share = shared(false);
+        assert_eq!((share.running, share.lost.len(), share.error.is_some()), (0, 0, true));
+        assert!(matches!(share.next(1), Next::End));
     }
 }

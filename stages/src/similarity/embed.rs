@@ -1,17 +1,14 @@
 //! Embedding the texts of a catalogue: one row an item, by a model folder on this machine or by a server that speaks
 //! OpenAI's `/v1/embeddings`.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use grlm_nn::encoder::{self, Encoder};
 use serde_json::{Map, Value, json};
 
 use super::{EmbeddingModel, MAX_TOKENS, Pooling};
 use crate::{
-    StageContext, StageError,
+    StageContext, StageError, artifact,
     compute::{CPU, PerDevice},
     endpoint::{CallError, Endpoint},
     hub, machine,
@@ -94,7 +91,10 @@ pub fn embed(
         }
         None => {
             let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());
-            let max_tokens = model.max_tokens.unwrap_or_else(|| max_tokens_of(&folder)) as usize;
+            let max_tokens = match model.max_tokens {
+                Some(tokens) => tokens,
+                None => max_tokens_of(&folder)?,
+            } as usize;
             let encoders = PerDevice::new(cx);
             let make = |device: RowDevice| {
                 let pool = device.pool()?;
@@ -140,11 +140,15 @@ pub fn embed(
 }
 
 /// Where texts are cut when nothing is said: where sentence-transformers cuts them, but at 512 tokens at the latest.
-fn max_tokens_of(folder: &Path) -> u32 {
-    let text = fs::read(folder.join("sentence_bert_config.json")).unwrap_or_default();
-    let settings: Value = serde_json::from_slice(&text).unwrap_or_default();
+fn max_tokens_of(folder: &Path) -> Result<u32, StageError> {
+    let path = folder.join("sentence_bert_config.json");
+    if !path.exists() {
+        return Ok(MAX_TOKENS);
+    }
+    let settings: Value = serde_json::from_str(&artifact::text::read(&path)?)
+        .map_err(|e| artifact::text::json_error(&path, &e, "a JSON object"))?;
     let longest = settings["max_seq_length"].as_u64().and_then(|longest| u32::try_from(longest).ok());
-    longest.map_or(MAX_TOKENS, |longest| longest.clamp(1, MAX_TOKENS))
+    Ok(longest.map_or(MAX_TOKENS, |longest| longest.clamp(1, MAX_TOKENS)))
 }
 
 /// Another program may have left the files out of the hub's cache that say how a model pools: the usual pooling would then
@@ -289,10 +293,12 @@ mod tests {
     #[test]
     fn texts_are_cut_where_the_model_was_trained_to() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(max_tokens_of(folder.path()), 512);
-        for (says, wanted) in [(r#"{"max_seq_length": 256}"#, 256), (r#"{"max_seq_length": 32768}"#, 512), ("{", 512)] {
-            fs::write(folder.path().join("sentence_bert_config.json"), says).unwrap();
-            assert_eq!(max_tokens_of(folder.path()), wanted);
+        assert_eq!(max_tokens_of(folder.path()).unwrap(), 512);
+        for (says, wanted) in [(r#"{"max_seq_length": 256}"#, 256), (r#"{"max_seq_length": 32768}"#, 512)] {
+            std::fs::write(folder.path().join("sentence_bert_config.json"), says).unwrap();
+            assert_eq!(max_tokens_of(folder.path()).unwrap(), wanted);
         }
+        std::fs::write(folder.path().join("sentence_bert_config.json"), "{").unwrap();
+        assert!(max_tokens_of(folder.path()).is_err());
     }
 }

@@ -272,10 +272,9 @@ fn by_model(
         Ok::<_, StageError>((found, spent))
     })?;
     let (seconds, now) = (start.elapsed().as_secs_f64(), asker.tally());
-    let known = (spent.answers + spent.asked_again).saturating_sub(now.answers);
     cx.info(format!(
-        "{} questions asked in {seconds:.1} s, {} prompt and {} answer tokens; {known} answers were known",
-        now.answers, now.prompt_tokens, now.answer_tokens
+        "{} questions asked in {seconds:.1} s, {} prompt and {} answer tokens; {} answers were known",
+        now.answers, now.prompt_tokens, now.answer_tokens, now.known
     ));
     // Of this run alone, and so not in the statistics: they are the same whenever the same answers come.
     cx.metric("seconds", seconds, None);

@@ -2,9 +2,9 @@
 //!
 //! `reference` gives what the published script takes from an answer: up to five words, blanks included, padded with
 //! blanks; nothing for an empty answer. `fixed` differs: blank words are left out and not made up, list numbers and
-//! quotes of any kind are taken away, words of several parts are hyphenated, and an answer without five different
-//! words is an [`Unusable`] one, to be asked for again or reported. Prose is no answer: reasoning is passed over, and
-//! without a bracket only a list counts.
+//! quotes of any kind are taken away, words of several parts are hyphenated, and an answer whose first five words are
+//! not all there and different is an [`Unusable`] one, to be asked for again or reported. Prose is no answer: reasoning
+//! is passed over, and without a bracket only a list of five counts.
 
 use crate::artifact::{TID_LENGTH, text::is_python_space};
 
@@ -62,7 +62,7 @@ pub fn reference_output(answer: &str) -> &str {
 /// `cut` off before its bracket closed may be half a word, and is left out.
 ///
 /// # Errors
-/// Fewer than five words could be read, or one of them twice.
+/// Fewer than five words could be read, or one of the first five twice.
 pub fn fixed(answer: &str, cut: bool) -> Result<[String; TID_LENGTH], Unusable> {
     let said = without_thoughts(answer);
     let closed = first_brackets(said);
@@ -95,7 +95,8 @@ fn bracketed(inside: &str) -> Vec<&str> {
     if spaced.len() == TID_LENGTH && !inside.contains(SEPARATORS) { spaced } else { inside.split(SEPARATORS).collect() }
 }
 
-/// The parts of a list without brackets, after a label such as `Words:`; none of prose.
+/// The parts of a list without brackets, five at most, after a label such as `Words:`; none of prose, which has longer
+/// parts, or more, or introduces something by a colon.
 fn listed(said: &str) -> Vec<&str> {
     let list = said.split(']').next().unwrap_or_default();
     let list = match list.split_once(':') {
@@ -104,7 +105,18 @@ fn listed(said: &str) -> Vec<&str> {
     };
     let words = |part: &str| part.split_whitespace().filter(|word| word.contains(char::is_alphabetic)).count();
     let parts: Vec<&str> = list.split(SEPARATORS).collect();
-    if parts.iter().any(|part| words(part) > LONGEST_PART) { Vec::new() } else { parts }
+    let prose = |part: &&str| words(part) > LONGEST_PART || introduces(part);
+    let whole = parts.iter().filter(|part| !clean(part).is_empty()).count();
+    if whole > TID_LENGTH || parts.iter().any(|part| prose(part)) { Vec::new() } else { parts }
+}
+
+/// Whether there is a colon before white space or the end, but for that of a list's number (`2: soap`).
+fn introduces(part: &str) -> bool {
+    part.trim().match_indices(':').any(|(at, _)| {
+        let (before, after) = (&part.trim()[..at], &part.trim()[at + 1..]);
+        let ends = after.is_empty() || after.starts_with(char::is_whitespace);
+        ends && !before.chars().all(|c| c.is_ascii_digit())
+    })
 }
 
 /// A word without marks around it and without the number of a list, in lower case, parts joined by hyphens.
@@ -177,7 +189,9 @@ mod tests {
         for answer in [
             "[a, b, c, d, e]",
             "Here you go: [A, \"b\", ‘c’, d., e] [x]",
-            "a, b, c, d, e, f",
+            "[a, b, c, d, e, f]",
+            "a, b, c, d, e,",
+            "1: a\n2: b\n3: c\n4: d\n5: e",
             "[[a, b, c, d, e]]",
             "[a b c d e]",
             "[a, , b, c, d, e]",
@@ -211,6 +225,10 @@ mod tests {
             "I am sorry, but I cannot name this product, as it is, well, unclear, to me",
             "[I am sorry but I cannot name this product",
             "Sure! Here are five words, as asked, for this product: soap, bar, mild, olive, green",
+            "a, b, c, d, e, f",
+            "Sure, here are: soap, bar, mild, olive, green",
+            "Sure, here they are:\nsoap, bar, mild",
+            "Sorry, I cannot, not enough, information, was, given",
             "<think>\nOkay, let me see. The user wants five words, in brackets, so, soap, bar",
             "<think>[soap, bar, mild, olive, green]",
             "<think>a</think> [soap, <think>[bar, mild, olive, green, b]",

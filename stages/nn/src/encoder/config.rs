@@ -135,6 +135,8 @@ impl BertConfig {
         self.positions - self.first_position
     }
 
+    /// Whether the model can take a text.
+    ///
     /// # Errors
     /// A text is longer than the model's positions, or has a token that the model has not.
     pub fn check(&self, tokens: &[u32]) -> Result<(), Error> {

@@ -2,8 +2,8 @@
 //!
 //! Two networks: a Qwen3 (Qwen3-Embedding: causal, its last token's vector is the text's) and a BERT (sentence
 //! encoders). Tokens, with the special ones, are what the folder's `tokenizer.json` makes of a text; its
-//! post-processor is what appends Qwen3-Embedding's end token. A text's vector is the same bits in any batch and on
-//! any number of threads.
+//! post-processor is what appends Qwen3-Embedding's end token. On the CPU a text's vector is the same bits in any
+//! batch and on any number of threads.
 
 use std::{fs, path::Path};
 

@@ -95,6 +95,9 @@ impl<'m> Generator<'m> {
 
     /// Reads prompts (what stands behind the prefix), each with room for `slots` generated tokens; returns them and, for
     /// each, the hidden state of its last token, `[prompts, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Qwen3::branches`] and [`Qwen3::read`].
     pub(super) fn read(
         &self,
         prompts: &[&[u32]],
@@ -111,15 +114,21 @@ impl<'m> Generator<'m> {
     }
 
     /// Takes beams forward, `rows_at_once` or so at a time; returns the hidden states of all rows in order.
+    ///
+    /// # Errors
+    /// As [`Qwen3::step`].
     pub(super) fn advance(&self, branches: &mut Branches, steps: &[Step], threads: usize) -> Result<Vec<f32>, Error> {
         let mut hidden = Vec::new();
-        for part in parts(steps, self.rows_at_once, false, |step| step.tokens.len()) {
+        for part in parts(steps, self.rows_at_once, self.model.is_on_device(), |step| step.tokens.len()) {
             hidden.extend(self.model.step(branches, part, threads)?);
         }
         Ok(hidden)
     }
 
     /// For every row of `hidden`, the log-probabilities of its `wanted` tokens (ascending) among the whole vocabulary.
+    ///
+    /// # Errors
+    /// As [`Qwen3::visit_logits`].
     pub(super) fn log_probabilities(
         &self,
         hidden: &[f32],

@@ -11,6 +11,8 @@ const COLUMNS: usize = 1024;
 /// Scores that are there at once: 128 MiB, and as much for their places.
 const SCORES: usize = 1 << 25;
 
+/// As [`super::top_k`]: for each of the rows in `rows` (`[n, dim]`) its `k` best others.
+///
 /// # Errors
 /// The device fails, or its memory is too small.
 pub fn top_k(device: &Device, rows: &[f32], dim: usize, k: usize) -> Result<Vec<Vec<(u32, f32)>>, Error> {

@@ -205,6 +205,9 @@ impl Qwen3 {
             }
             batch.add(step.tokens, step.paths.iter().map(|path| before + path.len()));
         }
+        if batch.tokens.is_empty() {
+            return Ok(Vec::new());
+        }
         finite(match (&self.network, &mut branches.kv) {
             (Network::Packed(network), BranchesKv::Packed(kv)) => {
                 network.step(branches.prefix, kv, steps, &batch, threads)

@@ -44,6 +44,8 @@ pub struct Rectangle {
 }
 
 impl Store {
+    /// Room for prompts and what is generated for them.
+    ///
     /// # Errors
     /// The device's memory is too small.
     pub fn zeros(config: &Config, room: Room, device: &Device, dtype: DType) -> Result<Self, Error> {

@@ -48,10 +48,12 @@ pub struct Asker<'a> {
     tally: Mutex<Tally>,
 }
 
-/// What the model was asked in this run; other answers are kept from earlier ones.
+/// What the model was asked in this run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tally {
     pub answers: u64,
+    /// Answers that were not asked for: they are kept from earlier.
+    pub known: u64,
     /// Those without a word.
     silent: u64,
     pub prompt_tokens: u64,
@@ -96,8 +98,7 @@ impl<'a> Asker<'a> {
                 Place::Folder { identity, device: model.dtype.key(cx), loaded: PerDevice::new(cx) }
             }
         };
-        let (takes_settings, tally) = Default::default();
-        Ok(Self { model, compat, place, max_failed_rows, takes_settings, tally })
+        Ok(Self { model, compat, place, max_failed_rows, takes_settings: OnceLock::new(), tally: Mutex::default() })
     }
 
     /// The rows of the first questions, one for each of these conversations.
@@ -128,7 +129,8 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// What the model said to each item's prompt at last, or why it said nothing. `names` are the items'.
+    /// What the model said to each item's prompt at last, or why it said nothing. `names` are the items'. An answer
+    /// stays where a further question about it has none.
     ///
     /// # Errors
     /// The model cannot be used, or has no word for any item; more items without an answer than may be.
@@ -188,14 +190,13 @@ impl<'a> Asker<'a> {
                             going.push(at);
                         }
                     }
-                    Err(failure) => {
-                        failures[at] = Some(failure);
-                        round.may_fail = round.may_fail.saturating_sub(1);
-                    }
+                    // That the question cannot be asked again takes nothing from the answer that there is.
+                    Err(_) if dialogues[at].has_answer() => {}
+                    Err(failure) => failures[at] = Some(failure),
                 }
             }
             open = going;
-            round = Round { unit: "question", must_speak: false, ..round };
+            round = Round { unit: "question", may_fail: usize::MAX, must_speak: false };
         }
         let records = dialogues.into_iter().map(Dialogue::into_record);
         Ok(records.zip(failures).map(|(record, failure)| failure.map_or(Ok(record), Err)).collect())
@@ -215,7 +216,7 @@ impl<'a> Asker<'a> {
         let (tally, must_speak, name) = (&self.tally, round.must_speak, model.model.as_str());
         let rows = match &mut self.place {
             Place::Server(endpoint) => {
-                let endpoint = endpoint.get_or_insert_with(|| {
+                let endpoint: &Endpoint = endpoint.get_or_insert_with(|| {
                     let address = model.endpoint.as_deref().unwrap_or_default();
                     Box::new(Endpoint::new(address, model.endpoint_settings(), cx.stop_flag()))
                 });
@@ -223,7 +224,7 @@ impl<'a> Asker<'a> {
                 let before = takes_settings.get().copied();
                 let rows = rows::run(cx, &job, |_: RowDevice| {
                     let function = Served { endpoint, model, compat, conversations, takes_settings };
-                    Ok(Counted { function, tally, must_speak, name })
+                    Ok(Counted { function, tally, must_speak, name, endpoint: Some(endpoint) })
                 });
                 if before.is_none() && takes_settings.get() == Some(&false) {
                     cx.info(format!("the server takes no `{TEMPLATE_SETTINGS}`: requests go without"));
@@ -254,10 +255,11 @@ impl<'a> Asker<'a> {
                     // Half of what is free once the weights are there.
                     how.memory = device.free_memory().map(|bytes| bytes as usize / 2);
                     let function = Local { chat, pool, how, conversations };
-                    Ok(Counted { function, tally, must_speak, name })
+                    Ok(Counted { function, tally, must_speak, name, endpoint: None })
                 })?
             }
         };
+        locked(&self.tally).known += rows.known() as u64;
         let replies = rows.iter().map(|row| match row {
             Ok(bytes) => kept(bytes).map(Ok),
             Err(failure) => Ok(Err(failure.message.clone())),
@@ -312,6 +314,8 @@ struct Counted<'a, F> {
     must_speak: bool,
     /// The model's.
     name: &'a str,
+    /// The server that is asked, if one is.
+    endpoint: Option<&'a Endpoint>,
 }
 
 impl<F: RowFunction> RowFunction for Counted<'_, F> {
@@ -335,7 +339,15 @@ impl<F: RowFunction> RowFunction for Counted<'_, F> {
     fn end(&mut self) -> Option<StageError> {
         let tally = locked(self.tally);
         let silent = self.must_speak && tally.answers >= MANY && tally.silent == tally.answers;
-        if silent { Some(silence(self.name, tally.answers)) } else { self.function.end() }
+        if !silent {
+            return self.function.end();
+        }
+        let error = silence(self.name, tally.answers);
+        // Others may wait for a turn.
+        Some(match self.endpoint {
+            Some(endpoint) => endpoint.end(error),
+            None => error,
+        })
     }
 }
 
@@ -417,6 +429,7 @@ impl Served<'_> {
         let answer = post(quick);
         match (&answer, self.takes_settings.get()) {
             (Err(CallError::Refused(_)), None | Some(false)) => {
+                self.endpoint.forget_refusal();
                 let answer = post(plain)?;
                 self.takes_settings.get_or_init(|| false);
                 return Ok(answer);

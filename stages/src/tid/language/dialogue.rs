@@ -82,6 +82,11 @@ impl Dialogue {
         }
     }
 
+    /// Whether there is an answer, usable or not.
+    pub fn has_answer(&self) -> bool {
+        self.record.attempts > 0
+    }
+
     pub fn into_record(self) -> Record {
         self.record
     }

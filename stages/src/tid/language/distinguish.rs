@@ -32,8 +32,14 @@ impl<'a> Rounds<'a> {
         taken: impl IntoIterator<Item = Vec<String>>,
     ) -> Self {
         let prompts = places.iter().copied().zip(prompts).collect();
-        let (owners, last_words, open) = Default::default();
-        let mut rounds = Self { prompts, found, owners, last_words, open, given_up: 0 };
+        let mut rounds = Self {
+            prompts,
+            found,
+            owners: HashMap::new(),
+            last_words: HashMap::new(),
+            open: BTreeMap::new(),
+            given_up: 0,
+        };
         for words in taken {
             rounds.own(words, None);
         }

@@ -240,17 +240,13 @@ pub fn distinguish(
         let answers = asker.ask_further(cx, &catalogue.names(&asked), &questions)?;
         for (place, answer) in asked.into_iter().zip(answers) {
             let record = answer.ok();
-            spent_on(spent, record.as_ref());
+            if let Some(record) = &record {
+                spent.add(record);
+            }
             state.take(place, record.map(|record| read(&record, catalogue.compat)));
         }
     }
     Ok(state.left())
-}
-
-fn spent_on(spent: &mut Spent, record: Option<&Record>) {
-    if let Some(record) = record {
-        spent.add(record);
-    }
 }
 
 /// The words of an answer.

@@ -40,7 +40,7 @@ fn words(number: usize) -> String {
 }
 
 fn with(url: &str) -> Value {
-    json!({"extractor": {"endpoint": url, "model": "m", "timeout": 1.0, "retries": 3, "concurrency": 4}})
+    json!({"extractor": {"endpoint": url, "model": "m", "timeout": 60.0, "retries": 3, "concurrency": 4}})
 }
 
 fn run(bench: &Bench, with: Value) -> Ran {
@@ -69,7 +69,7 @@ fn every_item_has_its_words_whatever_the_server_does() {
         match (number % 8, *times) {
             (0, 1) => Reply::Status(429, "retry-after: 0.1", json!({"error": {"message": "slow down"}})),
             (1, 1) => Reply::Status(500, "", json!({"error": "oh"})),
-            (2, 1) => Reply::Hang,
+            (2, 1) => Reply::Close,
             (3, 1) => Reply::Half(right),
             (4, 1) => Reply::Text("<html>Bad gateway</html>"),
             (5, 1) => Reply::Json(json!({"choices": []})),
@@ -92,8 +92,7 @@ fn every_item_has_its_words_whatever_the_server_does() {
         "24 requests answered; 18 tried again",
         "3 × status 429",
         "3 × status 500",
-        "3 × no answer in time",
-        "3 × half an answer or none",
+        "6 × half an answer or none",
         "3 × not JSON",
         "3 × another answer than was asked for",
     ] {
@@ -235,6 +234,45 @@ fn a_refused_item_fails_alone_and_a_rerun_asks_for_it_alone() {
     assert!(ran.lines("invalid")[0]["reason"].as_str().unwrap().ends_with("too long"));
 }
 
+#[test]
+fn a_repeated_question_that_cannot_be_asked_leaves_the_first_answer() {
+    let failing = |status: u16| {
+        Server::start(move |request| match turns(request) {
+            1 => Reply::Json(completion("[soap, bar")),
+            _ => Reply::Status(status, "", json!({"error": {"message": "context too long"}})),
+        })
+    };
+    let server = failing(400);
+    let ran = run(&Bench::new().input("items", items(2)), with(&server.url()));
+    let invalid = ran.lines("invalid");
+    assert_eq!((invalid.len(), &invalid[0]["answer"]), (2, &json!("[soap, bar")));
+    assert_eq!(invalid[0]["reason"], "2 of 5 words in the answer, asked 1 times");
+    let spent = json!({"answers": 2, "asked_again": 0, "prompt_tokens": 14, "answer_tokens": 10});
+    assert_eq!(ran.json("statistics")["extraction"], spent);
+    assert!(ran.logs().iter().any(|line| line.contains("2 of 2 questions failed; question `0`: ")));
+    // What ends all questions ends the stage.
+    let error = Bench::new().input("items", items(2)).run("tid", with(&failing(401).url())).unwrap_err();
+    assert!(error.to_string().contains("status 401"), "{error}");
+}
+
+#[test]
+fn equal_prompts_are_one_question_and_no_known_answer() {
+    let server = Server::start(|request| Reply::Json(completion(&words(number(request)))));
+    let twice = items(1) + &json!({"id": "again", "title": "Soap no. 0 of ours"}).to_string();
+    let mut with = with(&server.url());
+    with["resolve_collisions"] = json!(false);
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", twice).memo(&memo);
+    for (asked, known) in [(1, 0), (0, 1)] {
+        let ran = run(&bench, with.clone());
+        let told = |line: &&str| {
+            line.starts_with(&format!("{asked} questions asked"))
+                && line.ends_with(&format!("; {known} answers were known"))
+        };
+        assert!(ran.logs().into_iter().any(|line| told(&line)), "{:?}", ran.logs());
+    }
+}
+
 fn turns(request: &Request) -> usize {
     request.body["messages"].as_array().unwrap().len()
 }
@@ -288,6 +326,7 @@ fn a_server_that_refuses_settings_of_the_template_is_asked_without_from_then_on(
     assert_eq!(server.seen().len(), 6 + 1);
     let told = |line: &&str| line.contains("takes no `chat_template_kwargs`");
     assert_eq!(ran.logs().into_iter().filter(told).count(), 1);
+    assert!(!ran.logs().iter().any(|line| line.contains("failed")), "a trial is no failure: {:?}", ran.logs());
 }
 
 #[test]

@@ -1,0 +1,107 @@
+//! What is known of a server before it is asked: how, how often, and with which key.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde_json::{Map, Value};
+
+use crate::ParamIssue;
+
+/// A host that takes longer to be connected to is not there.
+const LONGEST_TO_CONNECT: Duration = Duration::from_secs(20);
+
+/// How a server is asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// The environment variable that holds the key; the stage must declare it.
+    pub api_key_env: Option<String>,
+    /// Requests that are under way at once.
+    pub concurrency: usize,
+    /// Seconds in which a whole answer must have come.
+    pub timeout: f64,
+    /// How often a request that failed is tried again.
+    pub retries: u32,
+    /// Further fields of each request's body, as the server knows them; `null` takes one of ours away.
+    pub extra_body: Map<String, Value>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let (concurrency, timeout, retries) = (concurrency(), timeout(), retries());
+        Self { api_key_env: None, concurrency, timeout, retries, extra_body: Map::new() }
+    }
+}
+
+/// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand.
+pub fn secret(at: &str, api_key_env: Option<&str>) -> BTreeMap<String, String> {
+    api_key_env.map(|name| (format!("{at}.api_key_env"), name.to_owned())).into_iter().collect()
+}
+
+/// Requests under way at once, where nothing is said.
+pub fn concurrency() -> usize {
+    8
+}
+
+/// Seconds for a whole answer, where nothing is said.
+pub fn timeout() -> f64 {
+    120.0
+}
+
+/// New tries, where nothing is said.
+pub fn retries() -> u32 {
+    5
+}
+
+impl Settings {
+    /// Mistakes in these settings and in the server's address, under `path`. Without an address, no server is asked,
+    /// and settings that only make sense with one are mistakes.
+    pub fn check(&self, path: &str, address: Option<&str>) -> Vec<ParamIssue> {
+        let mut issues = Vec::new();
+        let mut issue = |name: &str, message: &str| issues.push(ParamIssue::new(format!("{path}.{name}"), message));
+        let Some(address) = address else {
+            let usual = Self::default();
+            let given = [
+                ("api_key_env", self.api_key_env.is_some()),
+                ("extra_body", !self.extra_body.is_empty()),
+                ("concurrency", self.concurrency != usual.concurrency),
+                ("timeout", self.timeout != usual.timeout),
+                ("retries", self.retries != usual.retries),
+            ];
+            for (name, _) in given.into_iter().filter(|(_, given)| *given) {
+                issue(name, "is for a server: `endpoint` is missing");
+            }
+            return issues;
+        };
+        match address.split_once("://") {
+            Some(("http" | "https", rest)) if rest.split('/').next().is_some_and(|host| host.contains('@')) => {
+                issue("endpoint", "holds a password; name the variable of the key by `api_key_env`");
+            }
+            // Nothing can be appended to it, and what stands there is often a key, which would be written down.
+            Some(("http" | "https", rest)) if rest.contains(['?', '#']) => {
+                issue("endpoint", "ends before `?`; name the variable of a key by `api_key_env`");
+            }
+            Some(("http" | "https", rest)) if !rest.is_empty() => {}
+            _ => issue("endpoint", "must be a URL, such as http://localhost:8000/v1"),
+        }
+        if self.concurrency == 0 || self.concurrency > 4096 {
+            issue("concurrency", "must be from 1 to 4096");
+        }
+        if !(self.timeout > 0.0 && self.timeout <= 86_400.0) {
+            issue("timeout", "must be above 0 and at most 86400 seconds");
+        }
+        if self.retries > 100 {
+            issue("retries", "at most 100");
+        }
+        if self.api_key_env.as_ref().is_some_and(|name| name.is_empty() || name.contains(['=', '\0', ' '])) {
+            issue("api_key_env", "must be the name of an environment variable, not the key");
+        }
+        issues
+    }
+
+    pub(super) fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.timeout)
+    }
+
+    pub(super) fn timeout_to_connect(&self) -> Duration {
+        self.timeout().min(LONGEST_TO_CONNECT)
+    }
+}
