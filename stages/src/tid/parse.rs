@@ -107,7 +107,7 @@ fn listed(said: &str) -> Vec<&str> {
     let parts: Vec<&str> = list.split(SEPARATORS).collect();
     let prose = |part: &&str| words(part) > LONGEST_PART || introduces(part);
     let whole = parts.iter().filter(|part| !clean(part).is_empty()).count();
-    if whole > TID_LENGTH || parts.iter().any(|part| prose(part)) { Vec::new() } else { parts }
+    if whole > TID_LENGTH || parts.iter().any(prose) { Vec::new() } else { parts }
 }
 
 /// Whether there is a colon before white space or the end, but for that of a list's number (`2: soap`).
