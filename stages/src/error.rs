@@ -146,8 +146,9 @@ impl From<grlm_nn::Error> for StageError {
             grlm_nn::Error::Model { path, message, help } => Self::Input { path, line: None, message, help },
             grlm_nn::Error::Argument { message, help } => Self::Params { message, help },
             grlm_nn::Error::Stopped => Self::Stopped,
-            error @ grlm_nn::Error::NotFinite => Self::params(error.to_string())
-                .help("its weights are damaged or not trained well; in f16 they may be too large: try `dtype: bf16`"),
+            error @ grlm_nn::Error::NotFinite => Self::params(error.to_string()).help(
+                "its weights are damaged, or not trained well; on a GPU in f16 they may be too large for `dtype`",
+            ),
             error @ grlm_nn::Error::Candle(_) => match error.to_string() {
                 text if is_out_of_memory(&text) => Self::OutOfMemory { message: text, help: None },
                 text => Self::bug(text),

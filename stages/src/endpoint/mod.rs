@@ -22,6 +22,7 @@ use ureq::{Agent, Timeout};
 
 use crate::{StageError, StopFlag, rows::RowFailure};
 
+mod redact;
 pub(crate) mod retry;
 #[cfg(test)]
 pub(crate) mod server;
@@ -414,7 +415,7 @@ impl Endpoint {
     fn shown(&self, text: &[u8]) -> String {
         let mut text = String::from_utf8_lossy(text).into_owned();
         if let Some(key) = &self.key {
-            text = text.replace(key.as_str(), "***");
+            text = redact::without(text, key);
         }
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
         match line.char_indices().nth(SHOWN) {

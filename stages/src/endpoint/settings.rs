@@ -31,9 +31,20 @@ impl Default for Settings {
     }
 }
 
-/// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand.
+/// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand. What is no
+/// name may be the key itself, and is told nobody.
 pub fn secret(at: &str, api_key_env: Option<&str>) -> BTreeMap<String, String> {
-    api_key_env.map(|name| (format!("{at}.api_key_env"), name.to_owned())).into_iter().collect()
+    api_key_env
+        .filter(|name| is_name(name))
+        .map(|name| (format!("{at}.api_key_env"), name.to_owned()))
+        .into_iter()
+        .collect()
+}
+
+/// Whether it can be the name of a variable; keys mostly have a `-`.
+fn is_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
 /// Requests under way at once, where nothing is said.
@@ -91,7 +102,7 @@ impl Settings {
         if self.retries > 100 {
             issue("retries", "at most 100");
         }
-        if self.api_key_env.as_ref().is_some_and(|name| name.is_empty() || name.contains(['=', '\0', ' '])) {
+        if self.api_key_env.as_ref().is_some_and(|name| !is_name(name)) {
             issue("api_key_env", "must be the name of an environment variable, not the key");
         }
         issues

@@ -316,6 +316,12 @@ fn addresses_and_settings_are_checked() {
     }
     let wrong = Settings { concurrency: 0, timeout: 0.0, retries: 1000, api_key_env: Some("a b".into()), ..settings() };
     assert_eq!(wrong.check("e", Some("http://x/v1")).len(), 4);
+    let key =
+        Settings { api_key_env: Some("sk-1234567890abcdef".into()), ..settings() }.check("e", Some("http://x/v1"));
+    assert!(key.len() == 1 && !format!("{key:?}").contains("sk-"), "{key:?}");
+    assert!(
+        super::secret("e", Some("sk-1234567890abcdef")).is_empty() && super::secret("e", Some("LLM_KEY")).len() == 1
+    );
     let meaningless = Settings { api_key_env: Some("KEY".into()), ..settings() }.check("e", None);
     let paths: Vec<&str> = meaningless.iter().map(|issue| issue.path.as_str()).collect();
     assert_eq!(paths, ["e.api_key_env", "e.concurrency", "e.timeout", "e.retries"]);

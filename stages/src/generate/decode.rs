@@ -51,7 +51,7 @@ pub fn job(work: &Work, params: &Params, checkpoint: &str, device: &str) -> RowJ
             "decoding",
             &json!({
                 "decoding": params.decoding,
-                "beams": params.beams,
+                "beams": params.kept(),
                 "normalize": params.normalize,
                 "score": params.score,
                 "length_penalty": params.length_penalty(),
@@ -151,7 +151,7 @@ impl<'a> Decoder<'a> {
                     let mut all: Vec<(u32, f32)> =
                         (0..).zip(scores).filter(|(e, _)| query.left_out.binary_search(e).is_err()).collect();
                     all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-                    all.truncate(self.params.beams);
+                    all.truncate(self.params.kept());
                     all
                 };
                 self.with_titles(queries, scores.into_iter().zip(queries).map(best).collect())

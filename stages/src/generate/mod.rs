@@ -75,8 +75,8 @@ pub struct Params {
     pub decoding: Decoding,
     /// Beams of each user.
     pub beams: usize,
-    /// Items in each user's list; there are those of `beams` TIDs at most. Left out, it is 20, or as many as there are
-    /// beams.
+    /// Items in each user's list; but for `decoding: exact`, there are those of `beams` TIDs at most. Left out, it is 20,
+    /// or as many as there are beams.
     pub top_n: Option<usize>,
     /// Among what a token's probability is taken. For `decoding: catalogue` and `exact`.
     pub normalize: Normalize,
@@ -126,6 +126,12 @@ impl Default for Params {
 impl Params {
     fn top_n(&self) -> usize {
         self.top_n.unwrap_or(self.beams.min(20))
+    }
+
+    /// TIDs that an answer keeps.
+    fn kept(&self) -> usize {
+        // Nothing is searched in `exact`, so that no beam bounds a list.
+        if self.decoding == Decoding::Exact { self.beams.max(self.top_n()) } else { self.beams }
     }
 
     fn length_penalty(&self) -> f32 {

@@ -172,6 +172,13 @@ fn enough_beams_and_exact_scores_give_one_list() {
 }
 
 #[test]
+fn exact_lists_are_as_long_as_asked() {
+    let shop = Shop::new(SftFormat::Text);
+    let ran = shop.run(2, json!({"decoding": "exact", "beams": 3, "top_n": 30, "exclude_seen": false}));
+    assert!(ran.lines("rankings").iter().all(|line| items(line).len() == 30));
+}
+
+#[test]
 fn titles_tell_items_of_one_tid_apart() {
     let shop = Shop::new(SftFormat::Text);
     let ran = shop.run(3, json!({"score": "sequence", "beams": 40, "top_n": 40, "exclude_seen": false}));

@@ -61,7 +61,7 @@ pub struct Embedded {
     pub width: usize,
 }
 
-/// A unit vector for each text; at most `max_failed_rows` of them may have none.
+/// A unit vector for each text, of the item of that name; at most `max_failed_rows` of them may have none.
 ///
 /// # Errors
 /// The model cannot be used; too many texts without a vector; vectors that differ in width.
@@ -69,6 +69,7 @@ pub fn embed(
     cx: &mut StageContext,
     model: &EmbeddingModel,
     texts: &[String],
+    names: Vec<String>,
     max_failed_rows: usize,
 ) -> Result<Embedded, StageError> {
     let (folder, identity) = match &model.endpoint {
@@ -78,7 +79,7 @@ pub fn embed(
     if model.endpoint.is_none() {
         check_pooling(model, &folder)?;
     }
-    let job = job(model, &identity, model.dtype.key(cx), texts).max_failed_rows(max_failed_rows);
+    let job = job(model, &identity, model.dtype.key(cx), texts).names(names).max_failed_rows(max_failed_rows);
     let rows = match &model.endpoint {
         Some(address) => {
             let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag());

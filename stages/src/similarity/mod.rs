@@ -289,7 +289,8 @@ fn by_model(
     wanted: usize,
 ) -> Result<Vec<Vec<(u32, f32)>>, StageError> {
     let (texts, places) = texts(items, model, params.compat);
-    let embedded = embed::embed(cx, &model.in_compat(params.compat), &texts, params.max_failed_rows)?;
+    let names = places.iter().map(|place| items[*place].id.to_string()).collect();
+    let embedded = embed::embed(cx, &model.in_compat(params.compat), &texts, names, params.max_failed_rows)?;
     let place = Dtype::F32.on(cx.devices().first().copied().unwrap_or(Device::Cpu));
     let near = threads::pool(cx)?.install(|| nearest::top_k_on(place, &embedded.vectors, embedded.width, wanted))?;
     let place = |row: usize| places[embedded.texts[row]];
