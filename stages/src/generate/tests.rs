@@ -74,12 +74,7 @@ fn checkpoint(folder: &Path, format: SftFormat) {
         head_dim: 8,
         max_positions: 512,
         rope_theta: 1e4,
-        rms_norm_eps: 1e-6,
-        tied: true,
-        bos_token: None,
-        eos_tokens: Vec::new(),
-        pad_token: None,
-        initializer_range: 0.02,
+        ..Config::default()
     };
     fs::write(folder.join("config.json"), config.to_json("float32").to_string()).unwrap();
     let (mut header, mut data, mut state) = (Map::new(), Vec::new(), 9u64);

@@ -58,12 +58,7 @@ mod tests {
             head_dim: 12,
             max_positions: 4096,
             rope_theta: 1e4,
-            rms_norm_eps: 1e-6,
-            tied: true,
-            bos_token: None,
-            eos_tokens: Vec::new(),
-            pad_token: None,
-            initializer_range: 0.02,
+            ..Config::default()
         };
         for recompute in [false, true] {
             let mut model = Model::new(config.clone(), init::random(&config, 1), 4096);
