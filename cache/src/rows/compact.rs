@@ -3,10 +3,15 @@
 //! Only segments that nobody writes are taken (their locks are held meanwhile). The new one is on disk and in its place
 //! before the old ones go, so a kill in between leaves rows twice, never none. One process at a time compacts a
 //! namespace; another that would like to goes on without.
+//!
+//! The lock's file counts compactions, a byte for each, between the new segment's place and the removal of the old
+//! ones. Who reads the same count before it lists the folder and after it opened what it found has missed nothing:
+//! whatever was removed meanwhile was counted before the list, and so has its rows in a segment that the list has.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustc_hash::FxHashMap;
 
@@ -22,6 +27,18 @@ use crate::{Result, StoreError};
 const LARGE: u64 = 64 << 20;
 /// So many small ones are too many.
 const MANY: usize = 16;
+/// Held by the process that compacts; as long as there were compactions.
+pub(super) const LOCK: &str = "compact.lock";
+
+/// How many compactions have removed segments of this namespace, or are about to.
+pub(super) fn compactions(folder: &Path) -> Result<u64> {
+    let path = folder.join(LOCK);
+    match fs::metadata(&path) {
+        Ok(metadata) => Ok(metadata.len()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(StoreError::io("look at", &path, error)),
+    }
+}
 
 impl Namespace {
     /// Merges small segments if there are many of them; returns how many were merged.
@@ -49,8 +66,8 @@ impl Namespace {
         if ids.is_empty() {
             return Ok(0);
         }
-        let lock = self.folder.join("compact.lock");
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&lock);
+        let lock = self.folder.join(LOCK);
+        let file = OpenOptions::new().append(true).create(true).open(&lock);
         let file = file.map_err(StoreError::while_doing("open the lock", &lock))?;
         if !segment::try_lock(&file, &lock)? {
             return Ok(0);
@@ -69,6 +86,7 @@ impl Namespace {
         if !wanted.is_empty() {
             self.write_merged(&closed, &wanted)?;
         }
+        (&file).write_all(b".").map_err(StoreError::while_doing("write", &lock))?;
         for (id, _) in &closed {
             let path = id.path(&self.folder);
             fs::remove_file(&path).map_err(StoreError::while_doing("remove", &path))?;
@@ -130,7 +148,7 @@ impl Namespace {
 }
 
 /// A whole record's bytes; `None` if it is damaged.
-fn read(file: &File, chosen: &Chosen) -> std::io::Result<Option<Vec<u8>>> {
+fn read(file: &File, chosen: &Chosen) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = vec![0; record::RECORD_HEADER + chosen.length];
     file.read_exact_at(&mut bytes, chosen.place)?;
     let whole = record::header(&bytes).is_some_and(|header| record::payload(&bytes, &header).is_some());

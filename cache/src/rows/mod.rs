@@ -4,7 +4,7 @@
 //! ```text
 //! rows/<namespace>/<segment>.rows    append-only, one an attempt; the truth
 //! rows/<namespace>/claims            who computes what now: locks, no content
-//! rows/<namespace>/compact.lock
+//! rows/<namespace>/compact.lock      as long as there were compactions
 //! index/<host>/rows/<namespace>.idx  key → place; built again when missing, damaged or outdated
 //! ```
 //!

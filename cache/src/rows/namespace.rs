@@ -10,14 +10,15 @@ use rustc_hash::FxHashMap;
 use crate::digest::Digest;
 use crate::gc;
 use crate::rows::claims::Claims;
+use crate::rows::compact;
 use crate::rows::record::{self, Kind};
 use crate::rows::segment::{self, Writer};
 use crate::rows::view::{Vanished, View};
 use crate::store::Access;
 use crate::{Result, StoreError};
 
-/// A segment that vanishes this often while it is read has another reason than compaction.
-const LOOKS: usize = 5;
+/// Segments that vanish this often before they are opened have another reason than compaction.
+const LOOKS: usize = 100;
 
 /// An open namespace. It holds open files, and a lock on the segment that it writes, until it is dropped.
 #[derive(Debug)]
@@ -72,7 +73,11 @@ impl Namespace {
                 Err(Vanished) => self.view.reload()?,
             }
         }
-        Err(StoreError::io("keep track of", &self.folder, io::ErrorKind::ResourceBusy.into()))
+        Err(self.restless())
+    }
+
+    fn restless(&self) -> StoreError {
+        StoreError::io("keep track of", &self.folder, io::ErrorKind::ResourceBusy.into())
     }
 
     /// Dates the folder when it is used, so that a collector does not take it for old: appending alone would not tell.
@@ -194,28 +199,28 @@ impl Namespace {
 
     /// What is kept of a row: its result, else its last failure.
     pub fn entry(&mut self, key: &Digest) -> Result<Option<Entry>> {
-        if let Some(result) = self.look_up(&[*key])?.pop().flatten() {
-            return Ok(Some(Entry::Result(result)));
+        for _ in 0..LOOKS {
+            if let Some(result) = self.look_up(&[*key])?.pop().flatten() {
+                return Ok(Some(Entry::Result(result)));
+            }
+            let Some(chosen) = self.chosen()?.remove(key).filter(|c| c.kind == Kind::Failure) else { return Ok(None) };
+            if let Some((file, path)) = self.segment_file(chosen.segment)? {
+                let message = payload_in(&file, &path, &chosen)?;
+                return Ok(message.map(|bytes| Entry::Failure(String::from_utf8_lossy(&bytes).into_owned())));
+            }
         }
-        let Some(chosen) = self.chosen()?.remove(key).filter(|c| c.kind == Kind::Failure) else { return Ok(None) };
-        Ok(self.payload(&chosen)?.map(|bytes| Entry::Failure(String::from_utf8_lossy(&bytes).into_owned())))
+        Err(self.restless())
     }
 
     /// Reads every record; returns how many there are, and how many places are damaged.
     pub fn verify(&mut self) -> Result<(u64, u64)> {
-        self.view.refresh()?;
-        let mut places = Vec::new();
-        let see = |segment, place, header| places.push(Chosen { segment, place, ..Chosen::of(&header) });
-        let mut damaged = self.view.headers(see)?;
+        let (records, mut damaged) = self.records()?;
+        let places: Vec<Chosen> = records.into_iter().map(|(_, chosen)| chosen).collect();
         // Segment by segment, as they lie.
         for segment in places.chunk_by(|a, b| a.segment == b.segment) {
-            let Some(path) = segment.first().and_then(|first| self.view.path(first.segment)) else { continue };
-            let file = match fs::File::open(&path) {
-                Ok(file) => file,
-                // Compacted meanwhile, by somebody who read all of it.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(StoreError::io("open", &path, error)),
-            };
+            let Some(first) = segment.first() else { continue };
+            // One that is gone was compacted meanwhile, by somebody who read all of it.
+            let Some((file, path)) = self.segment_file(first.segment)? else { continue };
             for place in segment {
                 damaged += u64::from(payload_in(&file, &path, place)?.is_none());
             }
@@ -223,29 +228,41 @@ impl Namespace {
         Ok((places.len() as u64, damaged))
     }
 
+    /// Every record, segment by segment, and in how many segments bytes were passed over because they are no record.
+    fn records(&mut self) -> Result<(Vec<(Digest, Chosen)>, u64)> {
+        for _ in 0..LOOKS {
+            self.view.refresh()?;
+            let mut records = Vec::new();
+            let see = |segment, place, header: record::Header| {
+                records.push((header.key, Chosen { kind: header.kind, segment, place, length: header.length }));
+            };
+            if let Ok(broken) = self.view.headers(see)? {
+                return Ok((records, broken));
+            }
+        }
+        Err(self.restless())
+    }
+
     /// For each distinct row the record that counts: its last result, else its last failure.
-    pub(super) fn chosen(&mut self) -> Result<FxHashMap<Digest, Chosen>> {
-        self.view.refresh()?;
+    fn chosen(&mut self) -> Result<FxHashMap<Digest, Chosen>> {
         let mut chosen: FxHashMap<Digest, Chosen> = FxHashMap::default();
-        self.view.headers(|segment, place, header| {
-            let this = Chosen { segment, place, ..Chosen::of(&header) };
-            let slot = chosen.entry(header.key).or_insert(this);
+        for (key, this) in self.records()?.0 {
+            let slot = chosen.entry(key).or_insert(this);
             if this.kind == Kind::Result || slot.kind == Kind::Failure {
                 *slot = this;
             }
-        })?;
+        }
         Ok(chosen)
     }
 
-    /// A record's payload; `None` if it is damaged or gone.
-    pub(super) fn payload(&self, chosen: &Chosen) -> Result<Option<Vec<u8>>> {
-        let Some(path) = self.view.path(chosen.segment) else { return Ok(None) };
-        let file = match fs::File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::io("open", &path, error)),
-        };
-        payload_in(&file, &path, chosen)
+    /// A segment of the view and where it is; `None` if it is gone.
+    fn segment_file(&self, segment: usize) -> Result<Option<(fs::File, PathBuf)>> {
+        let Some(path) = self.view.path(segment) else { return Ok(None) };
+        match fs::File::open(&path) {
+            Ok(file) => Ok(Some((file, path))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StoreError::io("open", &path, error)),
+        }
     }
 
     /// Removes every segment that nobody writes, and the index; returns whether that was all.
@@ -266,7 +283,7 @@ impl Namespace {
         self.view.forget_index();
         if all {
             let _ = fs::remove_file(self.folder.join("claims"));
-            let _ = fs::remove_file(self.folder.join("compact.lock"));
+            let _ = fs::remove_file(self.folder.join(compact::LOCK));
             // Another may have begun a segment in it.
             let _ = fs::remove_dir(&self.folder);
         }
@@ -295,12 +312,6 @@ pub(super) struct Chosen {
     pub segment: usize,
     pub place: u64,
     pub length: usize,
-}
-
-impl Chosen {
-    fn of(header: &record::Header) -> Chosen {
-        Chosen { kind: header.kind, segment: 0, place: 0, length: header.length }
-    }
 }
 
 impl Drop for Namespace {

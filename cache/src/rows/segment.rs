@@ -58,9 +58,9 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<(SegmentId, u64)>> {
         if path.extension().is_some_and(|extension| extension == EXTENSION)
             && let Some(name) = path.file_stem().and_then(|stem| stem.to_str())
         {
-            match entry.metadata() {
+            match fs::metadata(&path) {
                 Ok(metadata) => segments.push((SegmentId(name.to_owned()), metadata.len())),
-                // Compacted away since the folder was read.
+                // Compacted since the folder was read: see [`crate::rows::compact`].
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(StoreError::io("look at", &path, error)),
             }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tempfile::TempDir;
 
@@ -235,33 +235,43 @@ fn what_a_killed_compaction_leaves_is_harmless() {
 #[test]
 fn many_writers_readers_and_compactions_lose_nothing() {
     let bench = Bench::new();
-    let done = AtomicBool::new(false);
+    let writers = AtomicUsize::new(4);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
+            while writers.load(Ordering::Relaxed) > 0 {
                 bench.open().compact().unwrap();
             }
         });
-        let writers: Vec<_> = (0..4u64)
-            .map(|writer| {
-                let bench = &bench;
-                scope.spawn(move || {
-                    for round in 0..15 {
-                        let start = writer * 10_000 + round * 20;
-                        let mut rows = bench.open();
-                        fill(&mut rows, start..start + 10);
-                        fill(&mut rows, start + 10..start + 20);
+        for writer in 0..4u64 {
+            let (bench, writers) = (&bench, &writers);
+            scope.spawn(move || {
+                // Also when it panics: else the compaction would wait for it without end.
+                let _done = Leaving(writers);
+                for round in 0..15 {
+                    let start = writer * 10_000 + round * 20;
+                    let mut rows = bench.open();
+                    fill(&mut rows, start..start + 10);
+                    fill(&mut rows, start + 10..start + 20);
+                    for _ in 0..10 {
                         assert!(all_there(&mut rows, writer * 10_000..start + 20));
+                        assert!(rows.stats().unwrap().results >= (round + 1) * 20);
                     }
-                })
-            })
-            .collect();
-        writers.into_iter().for_each(|writer| writer.join().unwrap());
-        done.store(true, Ordering::Relaxed);
+                }
+            });
+        }
     });
     let mut rows = bench.open();
     assert!((0..4).all(|writer| all_there(&mut rows, writer * 10_000..writer * 10_000 + 300)));
     assert_eq!(rows.stats().unwrap().results, 4 * 300);
+}
+
+/// Counts one less when it is dropped.
+struct Leaving<'a>(&'a AtomicUsize);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[test]

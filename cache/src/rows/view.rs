@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustc_hash::FxHashMap;
 
 use crate::digest::Digest;
+use crate::rows::compact::compactions;
 use crate::rows::index::{Covered, Index, Place};
 use crate::rows::record::{self, Kind, RECORD_HEADER};
 use crate::rows::segment::{self, SegmentId};
@@ -55,14 +56,15 @@ impl View {
             by_id: FxHashMap::default(),
             index: Index::default(),
         };
-        view.load()?;
+        view.reload()?;
         Ok(view)
     }
 
-    fn load(&mut self) -> Result<()> {
+    /// Forgets what was known of the segments and of their rows but for what the index says of those that are there.
+    fn begin_anew(&mut self, there: &[(SegmentId, u64)]) {
         self.segments.clear();
         self.by_id.clear();
-        let there: FxHashMap<SegmentId, u64> = segment::list(&self.folder)?.into_iter().collect();
+        let there: FxHashMap<&SegmentId, u64> = there.iter().map(|(id, size)| (id, *size)).collect();
         self.index = match Index::read(&self.index_path) {
             None => Index::default(),
             Some((mut index, covered)) => {
@@ -76,7 +78,6 @@ impl View {
                 index
             }
         };
-        self.refresh().map(|_| ())
     }
 
     fn add(&mut self, id: SegmentId, covered: u64) -> usize {
@@ -88,23 +89,41 @@ impl View {
 
     /// Takes in what was appended since, by anyone. Returns whether there was anything.
     pub fn refresh(&mut self) -> Result<bool> {
-        let there = segment::list(&self.folder)?;
-        if self.segments.iter().any(|known| there.binary_search_by(|(id, _)| id.cmp(&known.id)).is_err()) {
-            self.load()?;
-            return Ok(true);
-        }
-        let mut news = false;
-        for (id, size) in there {
-            let number = match self.by_id.get(&id) {
-                Some(number) => *number,
-                None => self.add(id, 0),
-            };
-            if self.segments[number].size != size {
+        self.look(false, segment::list)
+    }
+
+    /// Looks at everything anew.
+    pub fn reload(&mut self) -> Result<()> {
+        self.look(true, segment::list).map(|_| ())
+    }
+
+    /// Looks until no compaction came in between: while a folder is read, one may place a segment that the list does
+    /// not have yet, and remove those that it took the rows from before they are opened.
+    fn look(&mut self, mut anew: bool, mut list: impl FnMut(&Path) -> Result<Vec<(SegmentId, u64)>>) -> Result<bool> {
+        let mut news = anew;
+        loop {
+            let before = compactions(&self.folder)?;
+            let there = list(&self.folder)?;
+            let gone = |known: &Known| there.binary_search_by(|(id, _)| id.cmp(&known.id)).is_err();
+            if anew || self.segments.iter().any(gone) {
+                self.begin_anew(&there);
                 news = true;
-                self.scan(number, size)?;
             }
+            for (id, size) in there {
+                let number = match self.by_id.get(&id) {
+                    Some(number) => *number,
+                    None => self.add(id, 0),
+                };
+                if self.segments[number].size != size {
+                    news = true;
+                    self.scan(number, size)?;
+                }
+            }
+            if compactions(&self.folder)? == before {
+                return Ok(news);
+            }
+            anew = false;
         }
-        Ok(news)
     }
 
     fn scan(&mut self, number: usize, size: u64) -> Result<()> {
@@ -208,11 +227,6 @@ impl View {
         Ok(Ok(()))
     }
 
-    /// Looks at everything anew.
-    pub fn reload(&mut self) -> Result<()> {
-        self.load()
-    }
-
     /// Writes the index, if enough is new since it was written. A failure is no error: it is built again.
     pub fn write_index(&mut self, anyway: bool) {
         let (table, new) = self.index.sizes();
@@ -243,17 +257,19 @@ impl View {
 
     /// Calls `see` for every record, segment by segment. Payloads are not looked at. Returns in how many segments bytes
     /// were passed over because they are no record.
-    pub fn headers(&self, mut see: impl FnMut(usize, u64, record::Header)) -> Result<u64> {
+    pub fn headers(
+        &self,
+        mut see: impl FnMut(usize, u64, record::Header),
+    ) -> Result<std::result::Result<u64, Vanished>> {
         let mut broken = 0;
         for (number, known) in self.segments.iter().enumerate() {
             let path = known.id.path(&self.folder);
             let mut slot = None;
-            // One that was compacted meanwhile is in another, which the next look will show.
-            let Some(file) = open(&mut slot, &path)? else { continue };
+            let Some(file) = open(&mut slot, &path)? else { return Ok(Err(Vanished)) };
             let scanned = record::scan(file, 0, |place, header| see(number, place, header));
             broken += u64::from(scanned.map_err(StoreError::while_doing("read", &path))?.passed_over > 0);
         }
-        Ok(broken)
+        Ok(Ok(broken))
     }
 
     /// Names and files of the segments, as [`View::headers`] counts them.
@@ -303,4 +319,39 @@ fn read_up_to(file: &File, buffer: &mut [u8], place: u64) -> io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Access;
+    use crate::rows::{RowRef, RowStore};
+
+    #[test]
+    fn rows_that_a_compaction_moves_during_a_look_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = RowStore::at(&dir.path().join("rows"), Access::Write);
+        let folder = store.folder().join("n");
+        let key = |n: u8| Digest::of(&[n]);
+        let mut view = View::open(&folder, &dir.path().join("unused.idx")).unwrap();
+        for n in 0..3 {
+            store.namespace("n").unwrap().append([(key(n), RowRef::Result(&[n]))]).unwrap();
+            // Rows of a segment that is in the list and gone when it would be opened; then, in a second look, of one
+            // that came and went while the folder was read.
+            let mut looks = 0;
+            let list = |folder: &Path| {
+                looks += 1;
+                let before = segment::list(folder)?;
+                if looks <= 2 {
+                    assert!(store.namespace("n")?.compact()? > 0);
+                }
+                Ok(if looks == 2 { before.into_iter().filter(|(_, size)| *size == 0).collect() } else { before })
+            };
+            assert!(view.look(n == 1, list).unwrap());
+            assert_eq!(looks, 3);
+            let keys: Vec<Digest> = (0..=n).map(key).collect();
+            let expected: Vec<Option<Vec<u8>>> = (0..=n).map(|n| Some(vec![n])).collect();
+            assert_eq!(view.read(&keys).unwrap().unwrap(), expected);
+        }
+    }
 }
