@@ -18,7 +18,7 @@ use crate::hash::hash_file;
 use crate::signature::{Signature, now};
 use crate::signature_log::Remembered;
 use crate::steps::{Step, reach, synced};
-use crate::store::{Access, Store, rename_into};
+use crate::store::{Access, Store, move_away, rename_into};
 use crate::walk::{Walked, WalkedKind, walk};
 use crate::{Result, StoreError, sync};
 
@@ -112,7 +112,7 @@ impl Store {
         let path = self.path_of(digest);
         let Some((signature, is_file)) = look_at(&path)? else { return Ok(Health::Missing(*digest)) };
         if !is_file || size.is_some_and(|size| size != signature.size) {
-            return self.quarantine(digest, &path);
+            return self.quarantine(digest, &path, &signature);
         }
         if self.blob_log.get(digest).is_some_and(|known| known.signature == signature) {
             return Ok(Health::Intact);
@@ -132,9 +132,11 @@ impl Store {
         let signature = signature_of(&file, &path)?;
         match hash_file(&file, signature.size) {
             Ok(found) if found == *digest => {}
-            Ok(_) => return self.quarantine(digest, &path),
+            Ok(_) => return self.quarantine(digest, &path, &signature),
             // Shorter than its own stat said: somebody is truncating it.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return self.quarantine(digest, &path),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return self.quarantine(digest, &path, &signature);
+            }
             Err(error) => return Err(StoreError::io("read", &path, error)),
         }
         let after = signature_of(&file, &path)?;
@@ -144,13 +146,20 @@ impl Store {
         Ok(Health::Intact)
     }
 
-    fn quarantine(&self, digest: &Digest, path: &Path) -> Result<Health> {
+    /// Moves a blob aside that was found `damaged`, unless another did, who may have brought a good one since.
+    fn quarantine(&self, digest: &Digest, path: &Path, damaged: &Signature) -> Result<Health> {
         if self.access == Access::Read {
             return Ok(Health::Damaged { digest: *digest, quarantined: None });
         }
         let aside = self.root.join("quarantine").join(format!("{digest}-{}", now()));
+        if !move_away(path, &aside)? {
+            return Ok(Health::Missing(*digest));
+        }
+        if look_at(&aside)?.is_some_and(|(moved, _)| moved.inode != damaged.inode) {
+            rename_into(&aside, path)?;
+            return self.rehash_blob(digest);
+        }
         tracing::warn!(blob = %digest, moved_to = %aside.display(), "a blob is not what its name says");
-        rename_into(path, &aside)?;
         Ok(Health::Damaged { digest: *digest, quarantined: Some(aside) })
     }
 
@@ -358,6 +367,25 @@ mod tests {
             assert_eq!(ingested(&store, text), content);
             assert_eq!(store.check(&content).unwrap(), Health::Intact);
         }
+    }
+
+    #[test]
+    fn a_damaged_blob_that_another_moves_aside_or_replaces_is_no_error() {
+        let (_dir, store) = store();
+        let root = store.new_attempt(&key(1)).unwrap().join("folder");
+        fs::create_dir_all(&root).unwrap();
+        (0..200).for_each(|n| fs::write(root.join(n.to_string()), "all the same").unwrap());
+        let folder = store.ingest(&root).unwrap();
+        let blob = store.path_of(&Digest::of(b"all the same"));
+        overwrite(&blob, |bytes| bytes[0] ^= 1);
+        // Checked by several threads, of which one moves it.
+        assert!(!store.check(&folder).unwrap().is_intact());
+        let content = ingested(&store, "all the same");
+        assert_eq!(store.check(&folder).unwrap(), Health::Intact);
+        // Found damaged before another brought a good one.
+        let other = Signature { inode: 0, ..look_at(&blob).unwrap().unwrap().0 };
+        assert_eq!(store.quarantine(&content.digest, &blob, &other).unwrap(), Health::Intact);
+        assert_eq!(fs::read_to_string(&blob).unwrap(), "all the same");
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub(crate) struct Lying {
 pub(crate) struct Inventory {
     pub actions: Vec<Held>,
     /// Records that fail their checksum.
-    pub damaged: Vec<String>,
+    pub damaged: Vec<ActionKey>,
     pub blobs: FxHashMap<Digest, Lying>,
 }
 
@@ -172,7 +172,8 @@ impl Store {
             let Some(Ok(key)) = name.strip_suffix(".json").map(str::parse) else { continue };
             match self.held(&key, &metadata)? {
                 Some(held) => inventory.actions.push(held),
-                None => inventory.damaged.push(name),
+                None if self.record_path(&key).exists() => inventory.damaged.push(key),
+                None => {}
             }
         }
         Ok(inventory)

@@ -17,7 +17,7 @@ use crate::digest::Digest;
 use crate::signature::Signature;
 use crate::signature_log::Remembered;
 use crate::steps::{Step, reach};
-use crate::store::{Store, temporary_in};
+use crate::store::{Store, move_away, temporary_in};
 use crate::walk::{Walked, WalkedKind, walk};
 use crate::{Result, StoreError};
 
@@ -160,8 +160,12 @@ impl Store {
         let mut old = staged.to_path_buf();
         if renameat_with(CWD, staged, CWD, dest, RenameFlags::EXCHANGE).is_err() {
             old.set_extension("old");
-            fs::rename(dest, &old).map_err(StoreError::while_doing("move aside", dest))?;
+            // Another run may have moved it.
+            let moved = move_away(dest, &old)?;
             fs::rename(staged, dest).map_err(StoreError::while_doing("place", dest))?;
+            if !moved {
+                return Ok(());
+            }
         }
         self.remove_old(&old, dest)
     }
@@ -228,10 +232,10 @@ impl Store {
             placed.push((*digest, dest.join(relative), last));
             Ok(())
         })?;
-        if fs::symlink_metadata(dest).is_ok() {
-            self.swap(&inner, dest)?;
-        } else {
-            fs::rename(&inner, dest).map_err(StoreError::while_doing("place", dest))?;
+        // Another run may place the same at this moment: what is there now counts, not what was there.
+        match fs::rename(&inner, dest) {
+            Err(_) if fs::symlink_metadata(dest).is_ok() => self.swap(&inner, dest)?,
+            placed => placed.map_err(StoreError::while_doing("place", dest))?,
         }
         for (digest, path, placement) in &placed {
             self.remember_place(digest, path, *placement)?;

@@ -218,6 +218,15 @@ pub(crate) fn rename_into(from: &Path, to: &Path) -> Result<()> {
     moved.map_err(StoreError::while_doing("place", to))
 }
 
+/// The same; whether it was there to be moved.
+pub(crate) fn move_away(from: &Path, to: &Path) -> Result<bool> {
+    match rename_into(from, to) {
+        Ok(()) => Ok(true),
+        Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -96,10 +96,11 @@ impl Store {
             }
             progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
         }
-        let mut missing: Vec<Digest> =
-            needed.keys().filter(|digest| !inventory.blobs.contains_key(digest)).copied().collect();
+        // Blobs were listed first: a record that was published since may need one that came later.
+        let is_missing = |digest: &&Digest| !inventory.blobs.contains_key(digest) && !self.path_of(digest).exists();
+        let mut missing: Vec<Digest> = needed.keys().filter(is_missing).copied().collect();
         missing.sort_unstable();
-        let flaws = (inventory.damaged.iter().map(|name| Flaw::Record { name: name.clone() }))
+        let flaws = (inventory.damaged.iter().map(|key| Flaw::Record { name: format!("{}.json", key.0.hex()) }))
             .chain(damaged)
             .chain(missing.into_iter().map(|digest| Flaw::Missing { digest }))
             .chain(damaged_rows);

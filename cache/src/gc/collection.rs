@@ -1,19 +1,18 @@
 //! One collection: what may go, and how it goes.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{Collect, Collected, Gone, GoneRows, InUse, TICK_MS, UNFINISHED_FOR, fresh, millis, now_ms};
+use crate::Result;
 use crate::digest::{ActionKey, Digest};
 use crate::inventory::{Held, Inventory, latest_ms, milliseconds, remove_tree, touched_ms, tree_bytes};
 use crate::record::list;
-use crate::rows::HeldRows;
+use crate::rows::{HeldRows, is_being_written};
 use crate::steps::{Step, reach};
-use crate::store::{Store, rename_into};
-use crate::{Result, StoreError};
+use crate::store::{Store, move_away, rename_into};
 
 pub(super) struct Collection<'a> {
     store: &'a Store,
@@ -125,9 +124,12 @@ impl<'a> Collection<'a> {
     fn collect_garbage(&mut self) -> Result<()> {
         let mut garbage: Vec<PathBuf> = Vec::new();
         garbage.extend(list(&self.store.root.join("quarantine"))?.into_iter().map(|entry| entry.path()));
-        for name in &self.inventory.damaged {
-            let (shard, rest) = name.split_at(2);
-            garbage.push(self.store.root.join("actions").join(shard).join(rest));
+        for key in std::mem::take(&mut self.inventory.damaged) {
+            // Who holds it may be about to publish it anew, or has done so since it was listed.
+            let Some(_lock) = self.store.try_lock_action(&key)? else { continue };
+            if self.store.record(&key)?.is_none() {
+                self.drop_garbage(&self.store.record_path(&key))?;
+            }
         }
         let idle = self.in_use.running_since_ms.unwrap_or(u64::MAX).min(self.began_ms);
         let is_older = |path: &Path, than_ms: u64| latest_ms(path) < than_ms;
@@ -187,15 +189,25 @@ impl<'a> Collection<'a> {
         for rows in std::mem::take(&mut self.rows) {
             let used_ms = latest_ms(&rows.path);
             if used_ms > rows.used_ms || self.may_run(&in_use, used_ms) || rows.is_needed_by(&in_use.actions) {
-                self.done.spared += 1;
-                self.done.bytes -= rows.bytes;
-                self.done.namespaces.retain(|gone| gone.name != rows.name);
-            } else {
-                move_away(&rows.path, &self.trash.join(format!("{}.rows", rows.name)))?;
+                self.spare(&rows);
+                continue;
+            }
+            let aside = self.trash.join(format!("{}.rows", rows.name));
+            move_away(&rows.path, &aside)?;
+            // A run that began since may have opened it before it was moved.
+            if latest_ms(&aside) > used_ms || is_being_written(&aside)? {
+                put_rows_back(&aside, &rows.path)?;
+                self.spare(&rows);
             }
         }
         self.in_use = in_use;
         Ok(())
+    }
+
+    fn spare(&mut self, rows: &HeldRows) {
+        self.done.spared += 1;
+        self.done.bytes -= rows.bytes;
+        self.done.namespaces.retain(|gone| gone.name != rows.name);
     }
 
     pub fn condemn_blobs(&mut self) -> Result<()> {
@@ -238,11 +250,37 @@ impl<'a> Collection<'a> {
     }
 }
 
-/// Whether it was there to be moved.
-fn move_away(from: &Path, to: &Path) -> Result<bool> {
-    match rename_into(from, to) {
-        Ok(()) => Ok(true),
-        Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
+/// Moves a namespace's files where they were, beside what was begun there meanwhile.
+fn put_rows_back(aside: &Path, folder: &Path) -> Result<()> {
+    if !folder.exists() {
+        return rename_into(aside, folder);
+    }
+    for entry in list(aside)? {
+        let place = folder.join(entry.file_name());
+        if !place.exists() {
+            rename_into(&entry.path(), &place)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_are_put_back_lie_beside_what_was_begun_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let (aside, folder) = (dir.path().join("trash/n.rows"), dir.path().join("rows/n"));
+        for begun in [false, true] {
+            fs::create_dir_all(&aside).unwrap();
+            fs::write(aside.join("1.rows"), "old").unwrap();
+            if begun {
+                fs::write(folder.join("2.rows"), "new").unwrap();
+            }
+            put_rows_back(&aside, &folder).unwrap();
+            assert_eq!(fs::read_to_string(folder.join("1.rows")).unwrap(), "old");
+        }
+        assert_eq!(fs::read_to_string(folder.join("2.rows")).unwrap(), "new");
     }
 }

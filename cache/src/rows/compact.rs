@@ -33,11 +33,20 @@ pub(super) const LOCK: &str = "compact.lock";
 /// How many compactions have removed segments of this namespace, or are about to.
 pub(super) fn compactions(folder: &Path) -> Result<u64> {
     let path = folder.join(LOCK);
-    match fs::metadata(&path) {
+    // Opened, since a network disk may answer a mere look from memory.
+    match File::open(&path).and_then(|file| file.metadata()) {
         Ok(metadata) => Ok(metadata.len()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
         Err(error) => Err(StoreError::io("look at", &path, error)),
     }
+}
+
+/// Takes the lock of compactions; `None` while another has it. Where the disk has no locks nobody gets it.
+pub(super) fn lock(folder: &Path) -> Result<Option<File>> {
+    let path = folder.join(LOCK);
+    let file = OpenOptions::new().append(true).create(true).open(&path);
+    let file = file.map_err(StoreError::while_doing("open the lock", &path))?;
+    Ok(segment::take(&file, &path)?.then_some(file))
 }
 
 impl Namespace {
@@ -66,12 +75,7 @@ impl Namespace {
         if ids.is_empty() {
             return Ok(0);
         }
-        let lock = self.folder.join(LOCK);
-        let file = OpenOptions::new().append(true).create(true).open(&lock);
-        let file = file.map_err(StoreError::while_doing("open the lock", &lock))?;
-        if !segment::try_lock(&file, &lock)? {
-            return Ok(0);
-        }
+        let Some(mut lock) = lock(&self.folder)? else { return Ok(0) };
         self.remove_leftovers();
         let mut closed: Vec<(SegmentId, File)> = Vec::new();
         for id in ids {
@@ -86,7 +90,9 @@ impl Namespace {
         if !wanted.is_empty() {
             self.write_merged(&closed, &wanted)?;
         }
-        (&file).write_all(b".").map_err(StoreError::while_doing("write", &lock))?;
+        // Synced: on a network disk another host sees it no later than what is removed.
+        let counted = lock.write_all(b".").and_then(|()| lock.sync_all());
+        counted.map_err(StoreError::while_doing("write", &self.folder.join(LOCK)))?;
         for (id, _) in &closed {
             let path = id.path(&self.folder);
             fs::remove_file(&path).map_err(StoreError::while_doing("remove", &path))?;

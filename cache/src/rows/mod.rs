@@ -108,6 +108,16 @@ impl RowStore {
     }
 }
 
+/// Whether somebody writes a segment of the namespace in this folder.
+pub(crate) fn is_being_written(folder: &Path) -> Result<bool> {
+    for (id, _) in segment::list(folder)? {
+        if segment::lock_closed(folder, &id)?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     !name.is_empty() && name.len() <= 100 && !name.starts_with('.') && name.chars().all(fits)

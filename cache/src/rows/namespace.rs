@@ -162,7 +162,7 @@ impl Namespace {
             Some(claims) => claims,
             empty => empty.insert(Claims::open(&self.folder)?),
         };
-        Ok(keys.iter().map(|key| claims.claim(key)).collect())
+        claims.claim(keys)
     }
 
     pub fn release(&mut self, keys: &[Digest]) {
@@ -270,6 +270,10 @@ impl Namespace {
         if self.access == Access::Read {
             return Err(StoreError::OpenedForReading { root: self.folder.clone() });
         }
+        if !self.folder.exists() {
+            return Ok(true);
+        }
+        let Some(_lock) = compact::lock(&self.folder)? else { return Ok(false) };
         let mut all = true;
         for (id, _) in segment::list(&self.folder)? {
             match segment::lock_closed(&self.folder, &id)? {
@@ -281,8 +285,9 @@ impl Namespace {
             }
         }
         self.view.forget_index();
+        // Who has claimed rows will write them.
+        all = all && Claims::open(&self.folder)?.remove();
         if all {
-            let _ = fs::remove_file(self.folder.join("claims"));
             let _ = fs::remove_file(self.folder.join(compact::LOCK));
             // Another may have begun a segment in it.
             let _ = fs::remove_dir(&self.folder);

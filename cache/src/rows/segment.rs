@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use crate::rows::record::SEGMENT_HEADER;
 use crate::signature::now;
@@ -73,21 +74,40 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<(SegmentId, u64)>> {
 /// Takes the lock of a segment that nobody writes; `None` while somebody does, or if it is gone.
 pub(crate) fn lock_closed(folder: &Path, id: &SegmentId) -> Result<Option<File>> {
     let path = id.path(folder);
-    let file = match File::open(&path) {
+    // NFS locks only what may be written; another user's segment is locked as far as the disk allows.
+    let writable = OpenOptions::new().read(true).write(true).open(&path);
+    let file = match writable.or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => File::open(&path),
+        _ => Err(error),
+    }) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(StoreError::io("open", &path, error)),
     };
-    Ok((try_lock(&file, &path)? && is_at(&file, &path)).then_some(file))
+    Ok(take(&file, &path)?.then_some(file))
 }
 
-/// Takes the lock of a file, unless another has it.
-pub(crate) fn try_lock(file: &File, path: &Path) -> Result<bool> {
+/// Takes the lock of the file at `path`. `false` if another has it, if the file is no longer there, or if the disk has
+/// no such locks: then nobody can know that a segment is closed, and none is removed.
+pub(crate) fn take(file: &File, path: &Path) -> Result<bool> {
+    Ok(try_lock(file, path)? == Lock::Taken && is_at(file, path))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lock {
+    Taken,
+    Others,
+    /// The disk has no such locks, as NFS and Lustre may be mounted.
+    Unknown,
+}
+
+fn try_lock(file: &File, path: &Path) -> Result<Lock> {
     loop {
         match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(true),
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
-            Err(rustix::io::Errno::INTR) => {}
+            Ok(()) => return Ok(Lock::Taken),
+            Err(Errno::WOULDBLOCK) => return Ok(Lock::Others),
+            Err(Errno::NOLCK | Errno::NOTSUP | Errno::NOSYS | Errno::BADF) => return Ok(Lock::Unknown),
+            Err(Errno::INTR) => {}
             Err(error) => return Err(StoreError::io("lock", path, error.into())),
         }
     }
@@ -146,8 +166,9 @@ impl Writer {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(StoreError::io("create the segment", &path, error)),
             };
-            // Between creation and lock a compaction may have taken the empty file for a dead one's.
-            if !try_lock(&file, &path)? || !is_at(&file, &path) {
+            // Between creation and lock a compaction may have taken the empty file for a dead one's. Where there are no
+            // locks there are no compactions.
+            if try_lock(&file, &path)? == Lock::Others || !is_at(&file, &path) {
                 continue;
             }
             let length = SEGMENT_HEADER.len() as u64;

@@ -326,6 +326,11 @@ fn a_namespace_is_dropped_but_for_what_is_being_written() {
     assert_eq!(bench.open().look_up(&[key(3)]).unwrap(), [None]);
     assert!(all_there(&mut writer, 10..20));
     drop(writer);
+    let mut claimer = bench.open();
+    assert_eq!(claimer.claim(&[key(1)]).unwrap(), [true]);
+    assert!(!bench.store.drop_namespace("n").unwrap(), "it will be written");
+    assert_eq!(bench.open().claim(&[key(1)]).unwrap(), [false]);
+    drop(claimer);
     assert!(bench.store.drop_namespace("n").unwrap());
     assert!(bench.store.namespaces().unwrap().is_empty());
     for bad in ["", "a/b", "..", ".x", "é"] {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
@@ -20,6 +21,9 @@ const GAP: u64 = 32 << 10;
 const GO: u64 = 1 << 20;
 /// Read of the last record of a go before its length is known.
 const PEEK: u64 = 4 << 10;
+/// How long a segment that is listed and not there is taken for one that was just compacted.
+const PATIENCE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(10);
 /// So many new entries are worth an index file, and a quarter of it is worth a new one.
 const WORTH_WRITING: usize = 4096;
 
@@ -101,6 +105,7 @@ impl View {
     /// not have yet, and remove those that it took the rows from before they are opened.
     fn look(&mut self, mut anew: bool, mut list: impl FnMut(&Path) -> Result<Vec<(SegmentId, u64)>>) -> Result<bool> {
         let mut news = anew;
+        let mut patience = PATIENCE;
         loop {
             let before = compactions(&self.folder)?;
             let there = list(&self.folder)?;
@@ -109,6 +114,7 @@ impl View {
                 self.begin_anew(&there);
                 news = true;
             }
+            let mut all_there = true;
             for (id, size) in there {
                 let number = match self.by_id.get(&id) {
                     Some(number) => *number,
@@ -116,35 +122,45 @@ impl View {
                 };
                 if self.segments[number].size != size {
                     news = true;
-                    self.scan(number, size)?;
+                    all_there &= self.scan(number, size)?;
                 }
             }
-            if compactions(&self.folder)? == before {
+            anew = false;
+            if compactions(&self.folder)? != before {
+                continue;
+            }
+            if all_there || patience.is_zero() {
                 return Ok(news);
             }
-            anew = false;
+            // The list of a network disk may be older than what it lists.
+            std::thread::sleep(PAUSE);
+            patience = patience.saturating_sub(PAUSE);
         }
     }
 
-    fn scan(&mut self, number: usize, size: u64) -> Result<()> {
+    /// Takes in what is new in a segment; whether it was still there.
+    fn scan(&mut self, number: usize, size: u64) -> Result<bool> {
         let index = &mut self.index;
         let known = &mut self.segments[number];
         let path = known.id.path(&self.folder);
-        let Some(file) = open(&mut known.file, &path)? else { return Ok(()) };
-        let scanned = record::scan(file, known.covered, |offset, header| {
+        let Some(file) = open(&mut known.file, &path)? else { return Ok(false) };
+        let see = |offset, header: record::Header| {
             if header.kind == Kind::Result
                 && let Some(place) = Place::new(number, offset)
             {
                 index.insert(&header.key, place);
             }
-        })
-        .map_err(StoreError::while_doing("read", &path))?;
+        };
+        let scanned = match record::scan(file, known.covered, see) {
+            Err(error) if is_gone(&error) => return Ok(false),
+            scanned => scanned.map_err(StoreError::while_doing("read", &path))?,
+        };
         if scanned.passed_over > 0 {
             tracing::warn!(path = %path.display(), bytes = scanned.passed_over, "a part of a segment is damaged");
         }
         known.covered = scanned.covered;
         known.size = size;
-        Ok(())
+        Ok(true)
     }
 
     /// Takes note of records that this process appended to a segment of its own, now `length` bytes long.
@@ -205,7 +221,10 @@ impl View {
         let Some(file) = open(&mut known.file, &path)? else { return Ok(Err(Vanished)) };
         let start = first.offset();
         buffer.resize((last.offset() - start + PEEK) as usize, 0);
-        let filled = read_up_to(file, buffer, start).map_err(failed)?;
+        let filled = match read_up_to(file, buffer, start) {
+            Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
+            filled => filled.map_err(failed)?,
+        };
         for (place, n) in go {
             let bytes = buffer[..filled].get((place.offset() - start) as usize..).unwrap_or_default();
             let key = &keys[*n as usize];
@@ -301,10 +320,15 @@ fn open<'a>(slot: &'a mut Option<File>, path: &Path) -> Result<Option<&'a File>>
         Some(file) => Ok(Some(file)),
         empty => match File::open(path) {
             Ok(file) => Ok(Some(empty.insert(file))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if is_gone(&error) => Ok(None),
             Err(error) => Err(StoreError::io("open", path, error)),
         },
     }
+}
+
+/// Removed; by another host (`ESTALE`) an open file too.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle)
 }
 
 /// Fills as much of `buffer` as the file has from `place` on.
