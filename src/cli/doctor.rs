@@ -1,7 +1,7 @@
-//! `grlm doctor`: whether this machine, the store and a pipeline's weights and data are fit to run.
+//! `grlm doctor`: whether this machine, the store and a pipeline's weights, data and keys are fit to run.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     env, fs,
     path::{Path, PathBuf},
 };
@@ -16,14 +16,17 @@ use super::{
 };
 use crate::{
     device::{self, Selection, discover, host},
-    engine::work::{Source, Work},
+    engine::{
+        secrets,
+        work::{Source, Work},
+    },
     error::CliError,
     events::human_bytes,
     exit_codes::Code,
     journal::{RunState, Runs},
 };
 
-/// Look at devices, disk and store, and at the weights and data of a pipeline
+/// Look at devices, disk and store, and at the weights, data and keys of a pipeline
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The pipeline file; without one, only the machine and the store are looked at
@@ -92,6 +95,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         needs(&work, machine.as_ref(), &mut findings);
         data(&work, &mut findings);
         weights(&work, &mut findings);
+        keys(&work, &mut findings);
     }
     let code = match findings.0.iter().any(|f| f.grade == Grade::Wrong) {
         true => Code::Check,
@@ -289,6 +293,37 @@ fn weights(work: &Work, findings: &mut Findings) {
                     Some("fetch it again".into()),
                 );
             }
+        }
+    }
+}
+
+/// Variables that hold keys: of servers, without which their stages fail, and those that the pipeline calls secret.
+/// That they are passed on to their stages is seen when the pipeline is read.
+fn keys(work: &Work, findings: &mut Findings) {
+    let stages = || (0..work.nodes.len()).map(|id| (&work.nodes[id].label, work.stage(id)));
+    let mut of_servers = BTreeMap::new();
+    for (label, stage) in stages() {
+        for name in stage.kind.secrets(&stage.params).into_values() {
+            of_servers.entry(name).or_insert(label);
+        }
+    }
+    for (name, label) in &of_servers {
+        if secrets::is_set(name) {
+            findings.ok("keys", format!("`{name}` is set"));
+        } else {
+            let message = format!("`{label}` asks a server with the key in `{name}`, which is not set");
+            let help = format!("export {name}; a stage of which every answer is known needs none");
+            findings.wrong("keys", message, Some(help));
+        }
+    }
+    let declared = stages().flat_map(|(label, stage)| stage.secrets.iter().map(move |name| (name, label)));
+    let declared: BTreeMap<&String, &String> = declared.filter(|(name, _)| !of_servers.contains_key(*name)).collect();
+    for (name, label) in declared {
+        if secrets::is_set(name) {
+            findings.ok("keys", format!("`{name}` is set"));
+        } else {
+            let message = format!("`{name}`, a secret of `{label}`, is not set");
+            findings.note("keys", message, "export it where the stage's program needs it");
         }
     }
 }

@@ -7,10 +7,7 @@ use std::{
 };
 
 use grlm_cache::{Store, StoreError};
-use grlm_stages::{
-    Failure,
-    hub::{Hub, ModelName, PinnedModel},
-};
+use grlm_stages::hub::{Hub, ModelName, PinnedModel};
 
 use super::{
     decide::FilesError,
@@ -97,11 +94,7 @@ fn pin(store: &Store, hub: &Hub, name: &str) -> Result<Pinned, StoreError> {
     }
     let model = match parsed.map(|name| hub.pin(&name)) {
         Ok(Ok(model)) => model,
-        Ok(Err(error)) => PinnedModel::Unknown {
-            message: error.to_string(),
-            help: error.help_text().map(str::to_owned),
-            wrong: error.failure() == Failure::WrongInput,
-        },
+        Ok(Err(error)) => PinnedModel::unknown(error),
         Err(message) => PinnedModel::Unknown { message, help: None, wrong: true },
     };
     let identity = match &model {

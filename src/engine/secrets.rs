@@ -47,15 +47,19 @@ fn untold(label: &str, error: Untold) -> RunError {
     }
 }
 
+/// Whether a variable has a value that can be a key.
+pub fn is_set(name: &str) -> bool {
+    std::env::var(name).is_ok_and(|value| !value.trim().is_empty())
+}
+
 /// Stages that may run, each with a variable of its that is not set.
 fn unset(work: &Work) -> Vec<(NodeId, String)> {
-    let is_unset = |name: &String| std::env::var(name).map_or(true, |value| value.trim().is_empty());
     (0..work.nodes.len())
         .filter(|id| work.nodes[*id].permission != Permission::Leave)
         .flat_map(|id| {
             let stage = work.stage(id);
             let names = stage.kind.secrets(&stage.params).into_values();
-            names.filter(is_unset).map(move |name| (id, name))
+            names.filter(|name| !is_set(name)).map(move |name| (id, name))
         })
         .collect()
 }

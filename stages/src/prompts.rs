@@ -6,6 +6,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{StageError, artifact::text};
 
@@ -25,7 +26,7 @@ pub struct Prompts {
 
 /// The instruction, and the template of the input, of an alpaca sample.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with the texts `instruction` and `input`")]
 pub struct Prompt {
     pub instruction: String,
     pub input: String,
@@ -33,7 +34,7 @@ pub struct Prompt {
 
 /// An instruction whose input is not a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with the text `instruction`")]
 pub struct Instruction {
     pub instruction: String,
 }
@@ -47,6 +48,30 @@ struct Given {
     sft_rec: Option<Instruction>,
     sft_collaborative: Option<Prompt>,
 }
+
+impl Given {
+    fn read(path: &Path, help: &str) -> Result<Self, StageError> {
+        let text = text::read(path)?;
+        // serde would take a list for the fields in their order.
+        let kind = match serde_json::from_str(&text) {
+            Ok(Value::Object(_)) | Err(_) => None,
+            Ok(Value::Array(_)) => Some("a list"),
+            Ok(Value::String(_)) => Some("a single text"),
+            Ok(_) => Some("a single value"),
+        };
+        if let Some(kind) = kind {
+            let message = format!("{kind} instead of an object of texts, such as {{\"tid_extraction\": \"…\"}}");
+            return Err(StageError::input(path, message).help(format!("give all or some of {TEXTS}: {help}")));
+        }
+        serde_json::from_str(&text).map_err(|e| match text::json_error(path, &e, "a file of prompts") {
+            error if e.is_data() => error.help(help),
+            error => error,
+        })
+    }
+}
+
+/// What a file of prompts may hold.
+const TEXTS: &str = "`tid_extraction`, `sft_meta2tid`, `sft_rec` and `sft_collaborative`";
 
 /// The placeholders that each template must have, by its place in the file.
 pub const TEMPLATES: [(&str, &[&str]); 3] = [
@@ -63,15 +88,14 @@ impl Prompts {
     pub fn load(path: Option<&Path>) -> Result<Self, StageError> {
         let own = Self::built_in()?;
         let Some(path) = path else { return Ok(own) };
-        let given: Given =
-            serde_json::from_str(&text::read(path)?).map_err(|e| text::json_error(path, &e, "a file of prompts"))?;
+        let help = "docs/data.md lists the texts and what each must hold";
+        let given = Given::read(path, help)?;
         let prompts = Self {
             tid_extraction: given.tid_extraction.unwrap_or(own.tid_extraction),
             sft_meta2tid: given.sft_meta2tid.unwrap_or(own.sft_meta2tid),
             sft_rec: given.sft_rec.unwrap_or(own.sft_rec),
             sft_collaborative: given.sft_collaborative.unwrap_or(own.sft_collaborative),
         };
-        let help = "docs/data.md lists the texts and what each must hold";
         prompts.check().map_err(|message| StageError::input(path, message).help(help))?;
         Ok(prompts)
     }
@@ -199,5 +223,29 @@ mod tests {
         std::fs::write(&path, "{\"tid_extraction\": \"\",\n \"sft\": 1}").unwrap();
         let error = Prompts::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("p.json:2: not a file of prompts: unknown field `sft`"), "{error}");
+    }
+
+    #[test]
+    fn a_file_of_another_shape_is_told_what_it_should_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.json");
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            let error = Prompts::load(Some(&path)).unwrap_err();
+            (error.to_string(), error.help_text().unwrap().to_owned())
+        };
+        let shapes =
+            [("[]", "a list"), (r#"["a", null]"#, "a list"), (r#""a""#, "a single text"), ("null", "a single value")];
+        for (text, kind) in shapes {
+            let (error, help) = refused(text);
+            assert!(error.contains(&format!("p.json: {kind} instead of an object of texts")), "{error}");
+            assert!(help.contains("`sft_collaborative`: docs/data.md"), "{help}");
+        }
+        let (error, help) = refused("{\"sft_rec\":\n \"Go on.\"}");
+        let expected =
+            "p.json:2: not a file of prompts: invalid type: string \"Go on.\", expected an object with the text";
+        assert!(error.contains(expected) && help.starts_with("docs/data.md"), "{error} {help}");
+        assert!(refused(r#"{"tid_extraction": 1}"#).0.contains("invalid type: integer `1`, expected a string"));
+        assert!(refused("{").1.contains("cut off"));
     }
 }

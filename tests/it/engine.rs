@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::environment::{Environment, unwrapped};
+use crate::environment::{Environment, Running, unwrapped};
 
 const ITEMS: usize = 48;
 /// Neighbours in a prompt.
@@ -100,7 +100,7 @@ fn neighbors_shown(env: &Environment) -> BTreeMap<String, Vec<String>> {
 /// Runs until so many rows of `tid` are done, then kills; returns how many were done.
 fn killed_at(env: &Environment, rows: u64) -> u64 {
     let arguments = ["run", "engine.yaml", "--message-format", "json"];
-    let mut run = env.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut run = Running::start(env.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()));
     let mut done = 0;
     for line in BufReader::new(run.stdout.take().unwrap()).lines() {
         let event: Value = serde_json::from_str(&line.unwrap()).unwrap();

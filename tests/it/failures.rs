@@ -212,6 +212,27 @@ fn a_server_s_key_that_is_not_set_is_missed_before_anything_runs() {
     env.ok(&["run", "asking.yaml", "--only", "make"]);
 }
 
+#[test]
+fn doctor_misses_a_server_s_key_that_is_not_set() {
+    let env = Environment::new();
+    let noisy = "  noisy:\n    uses: command\n    secrets: [GRLM_TEST_TOKEN]\n    with: { run: 'true > ${outputs.out}' }\n    \
+                 outputs: { out: out.txt }\n";
+    env.write("asking.yaml", &format!("{ASKING}{noisy}"));
+    let doctor = |key: &str| {
+        let mut command = env.command(&["doctor", "asking.yaml", "--devices", "none"]);
+        let output = command.env("GRLM_TEST_ASKING_KEY", key).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, said) = doctor(" ");
+    assert_eq!(code, Some(6), "{said}");
+    let wanted = "wrong keys     `near` asks a server with the key in `GRLM_TEST_ASKING_KEY`, which is not set";
+    assert!(said.contains(wanted) && said.contains("export GRLM_TEST_ASKING_KEY"), "{said}");
+    assert!(said.contains("note  keys     `GRLM_TEST_TOKEN`, a secret of `noisy`, is not set"), "{said}");
+    let (code, said) = doctor("sk-1234567");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("`GRLM_TEST_ASKING_KEY` is set") && !said.contains("sk-1234567"), "{said}");
+}
+
 /// A server of embeddings: every text has the same.
 fn embeddings() -> String {
     use std::io::{BufRead, Read, Write};

@@ -1,6 +1,9 @@
 //! What can go wrong with models and their files. Messages are lower-case fragments; `help` says what to do next.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// An error of the model engine.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,14 @@ impl Error {
 
     pub fn argument(message: impl Into<String>) -> Self {
         Self::Argument { message: message.into(), help: None }
+    }
+
+    /// The same, naming the model's folder where no caller's value is to blame but the model.
+    pub fn of_model(self, folder: &Path) -> Self {
+        match self {
+            Self::Argument { message, help } => Self::Model { path: folder.to_owned(), message, help },
+            other => other,
+        }
     }
 
     /// Says what to do next; kept by the variants that have room for it.

@@ -6,32 +6,40 @@
 //! |---|---|
 //! | no connection, no whole answer in time, 408, 409, 425, 429, 5xx, an answer that is not what was asked for | tried again, later and later, or when `Retry-After` says |
 //! | 400, 413, 415, 422 | this request has failed; the others go on |
-//! | 401, 403, 404 and other refusals | a mistake in the parameters: all end, and the stage is not tried again |
+//! | 401, 403, 404 and other refusals, a redirect | a mistake in the parameters: all end, and the stage is not tried again |
 //! | as many requests in a row as are under way at once have failed for good without an answer (429 and 502 to 504 are none) | the server is taken to be down: all end |
+//! | failed rows end the stage, and no request had an answer of use | told as the server's fault ([`Endpoint::explain`]) |
+//! | a stop | all end, those too that are under way |
 //!
 //! The key stands in the one header that is sent, and is blanked in every message.
 
 use std::{
     fmt, io,
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc::Sender},
     time::{Duration, Instant, SystemTime},
 };
 
 use serde_json::{Map, Value};
 use ureq::{Agent, Timeout};
 
-use crate::{StageError, StopFlag, rows::RowFailure};
+use crate::{
+    StageError, StopFlag,
+    rows::{Notes, RowFailure},
+};
 
 mod redact;
 pub(crate) mod retry;
 #[cfg(test)]
 pub(crate) mod server;
 mod settings;
+mod stop;
+mod tally;
 #[cfg(test)]
 mod tests;
 
-use retry::{Delays, retry_after};
+use retry::{Delays, Pause, retry_after};
 pub use settings::{Settings, concurrency, retries, secret, timeout};
+use tally::{NO_CONNECTION, NOT_JSON, OTHER_ANSWER, TOO_LATE, Tally};
 
 /// An answer larger than this is not one.
 const LARGEST_ANSWER: u64 = 256 << 20;
@@ -74,30 +82,14 @@ pub struct Endpoint {
     settings: Settings,
     delays: Delays,
     stop: StopFlag,
-    /// No request is sent before.
-    not_before: Mutex<Option<Instant>>,
-    silence: Mutex<Silence>,
+    /// Ends with this.
+    _watch: Sender<()>,
+    /// What the server asked for: no request is sent before its end.
+    pause: Mutex<Pause>,
+    notes: Mutex<Notes>,
     /// What ends all requests, those that wait too.
     ended: OnceLock<StageError>,
-    counts: Mutex<Counts>,
-}
-
-/// What became of requests so far.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-struct Counts {
-    answered: usize,
-    failed: usize,
-    /// Reasons of new tries, in order of first appearance.
-    again: Vec<(String, usize)>,
-}
-
-/// Requests that failed for good since the last answer to any, without one to their last try.
-#[derive(Debug, Default)]
-struct Silence {
-    requests: usize,
-    /// Of the last try.
-    reason: String,
-    message: String,
+    tally: Mutex<Tally>,
 }
 
 /// One try that did not succeed.
@@ -119,23 +111,27 @@ impl Endpoint {
             .timeout_connect(Some(settings.timeout_to_connect()))
             .max_idle_connections(settings.concurrency)
             .max_idle_connections_per_host(settings.concurrency)
+            // The body would not be sent on.
+            .max_redirects(0)
             .user_agent("grlm")
             .build();
+        let agent = config.new_agent();
         let mut address = address.trim_end_matches('/').to_owned();
         if address.split_once("://").is_some_and(|(_, rest)| !rest.contains('/')) {
             address.push_str("/v1");
         }
         Self {
-            agent: config.new_agent(),
+            _watch: stop::watch(agent.clone(), stop.clone()),
+            agent,
             address,
             key,
             settings,
             delays: Delays::default(),
             stop,
-            not_before: Mutex::new(None),
-            silence: Mutex::default(),
+            pause: Mutex::default(),
+            notes: Mutex::default(),
             ended: OnceLock::new(),
-            counts: Mutex::default(),
+            tally: Mutex::default(),
         }
     }
 
@@ -144,6 +140,11 @@ impl Endpoint {
     pub(crate) fn with_delays(mut self, first: Duration, longest: Duration) -> Self {
         self.delays = Delays { first, longest };
         self
+    }
+
+    /// Says by these notes what the user should hear while requests wait.
+    pub fn tell_by(&self, notes: &Notes) {
+        *locked(&self.notes) = notes.clone();
     }
 
     /// Posts `body` to `path` (such as `chat/completions`) until `accept` takes the answer or there is none.
@@ -185,39 +186,38 @@ impl Endpoint {
         let (mut last, mut last_reason, mut last_answered) = (String::new(), String::new(), false);
         for attempt in 0..tries {
             self.wait_for_turn()?;
-            if locked(&self.silence).requests >= self.settings.concurrency.max(3) {
-                return Err(CallError::All(self.end(self.down())));
+            let down = locked(&self.tally).down(self.settings.concurrency.max(3));
+            if let Some(down) = down {
+                return Err(CallError::All(self.end(down)));
             }
-            match self.attempt(&url, &body, &accept) {
+            let outcome = self.attempt(&url, &body, &accept);
+            if outcome.is_err() && self.stop.is_set() {
+                return Err(CallError::All(StageError::Stopped));
+            }
+            match outcome {
                 Ok(answer) => {
-                    locked(&self.silence).requests = 0;
-                    locked(&self.counts).answered += 1;
+                    locked(&self.tally).answered();
                     return Ok(answer);
                 }
                 Err(Miss::Request(message)) => {
-                    locked(&self.silence).requests = 0;
-                    locked(&self.counts).failed += 1;
+                    locked(&self.tally).refused();
                     return Err(CallError::Refused(RowFailure::new(message)));
                 }
                 Err(Miss::All(error)) => return Err(CallError::All(self.end(error))),
                 Err(Miss::Again { reason, message, wait, answered }) => {
                     if answered {
-                        locked(&self.silence).requests = 0;
+                        locked(&self.tally).heard();
+                    }
+                    if attempt + 1 < tries {
+                        locked(&self.tally).tried_again(&reason);
+                        self.back_off(attempt, wait, &message)?;
                     }
                     (last, last_reason, last_answered) = (message, reason, answered);
-                    if attempt + 1 < tries {
-                        self.count_again(&last_reason);
-                        self.back_off(attempt, wait)?;
-                    }
                 }
             }
         }
-        if !last_answered {
-            let mut silence = locked(&self.silence);
-            *silence = Silence { requests: silence.requests + 1, reason: last_reason, message: last.clone() };
-        }
-        locked(&self.counts).failed += 1;
         let failure = RowFailure::new(format!("no answer in {}; the last: {last}", counted(tries, "try", "tries")));
+        locked(&self.tally).failed(last_reason, last, last_answered);
         Err(CallError::NoAnswer { failure, answered: last_answered })
     }
 
@@ -234,26 +234,24 @@ impl Endpoint {
 
     /// The last refusal was no failure: the caller asks otherwise.
     pub fn forget_refusal(&self) {
-        let mut counts = locked(&self.counts);
-        counts.failed = counts.failed.saturating_sub(1);
+        locked(&self.tally).forget_refusal();
     }
 
     /// What became of all requests, in words, where there is something to tell.
     pub fn report(&self) -> Option<String> {
-        let counts = locked(&self.counts).clone();
-        if counts.again.is_empty() && counts.failed == 0 {
-            return None;
-        }
-        let again: usize = counts.again.iter().map(|(_, n)| n).sum();
-        let reasons: Vec<String> = counts.again.iter().map(|(reason, n)| format!("{n} × {reason}")).collect();
-        let mut text = format!("{}: {} requests answered", self.address, counts.answered);
-        if counts.failed > 0 {
-            text.push_str(&format!(", {} failed", counts.failed));
-        }
-        if again > 0 {
-            text.push_str(&format!("; {again} tried again ({})", reasons.join(", ")));
-        }
-        Some(text)
+        locked(&self.tally).report(&self.address)
+    }
+
+    /// How a job ended that this server was asked for. Where too many rows failed because it had an answer of use to no
+    /// request, what helps has to do with the server, and not with the rows.
+    ///
+    /// # Errors
+    /// As `outcome`.
+    pub fn explain<T>(&self, outcome: Result<T, StageError>) -> Result<T, StageError> {
+        outcome.map_err(|error| match (error, locked(&self.tally).fault(&self.address)) {
+            (error @ StageError::FailedRows { .. }, Some(fault)) => error.help(fault),
+            (error, _) => error,
+        })
     }
 
     fn with_extra(&self, mut body: Map<String, Value>) -> Map<String, Value> {
@@ -280,18 +278,27 @@ impl Endpoint {
         }
         let mut response = request.send(body).map_err(|error| self.lost(url, error))?;
         let status = response.status().as_u16();
-        let wait =
-            retry_after(response.headers().get("retry-after").and_then(|value| value.to_str().ok()), SystemTime::now());
+        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let wait = retry_after(header("retry-after"), SystemTime::now());
+        // Without what may be a key.
+        let target = header("location").and_then(|target| target.split('?').next()).map(str::to_owned);
         let text = response.body_mut().with_config().limit(LARGEST_ANSWER).read_to_vec();
         match status {
             200..=299 => {
                 let text = text.map_err(|error| self.lost(url, error))?;
                 let value: Value = serde_json::from_slice(&text)
-                    .map_err(|_| again("not JSON", format!("{url}: not JSON: {}", self.shown(&text))))?;
+                    .map_err(|_| again(NOT_JSON, format!("{url}: not JSON: {}", self.shown(&text))))?;
                 accept(&value).map_err(|problem| {
                     let text = self.shown(&text);
-                    again("another answer than was asked for", format!("{url}: {problem}: {text}"))
+                    again(OTHER_ANSWER, format!("{url}: {problem}: {text}"))
                 })
+            }
+            300..=399 if target.is_some() => {
+                let target = self.shown(target.unwrap_or_default().as_bytes());
+                Err(Miss::All(StageError::params(format!("{url}: status {status}: it redirects to {target}")).help(
+                    "requests are not sent on: give the address at which the server itself answers, which ends before \
+                     `/chat/completions` or `/embeddings`",
+                )))
             }
             _ => {
                 let message = text.map(|text| self.message_of(&text)).unwrap_or_default();
@@ -321,16 +328,14 @@ impl Endpoint {
         let seconds = |limit: Duration| format!("within {} s", limit.as_secs_f64());
         let (reason, what) = match &error {
             ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
-                ("no connection", format!("no connection {}", seconds(self.settings.timeout_to_connect())))
+                (NO_CONNECTION, format!("no connection {}", seconds(self.settings.timeout_to_connect())))
             }
-            ureq::Error::Timeout(_) => {
-                ("no answer in time", format!("no whole answer {}", seconds(self.settings.timeout())))
-            }
-            ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => ("no connection", error.to_string()),
+            ureq::Error::Timeout(_) => (TOO_LATE, format!("no whole answer {}", seconds(self.settings.timeout()))),
+            ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (NO_CONNECTION, error.to_string()),
             ureq::Error::Io(cause)
                 if matches!(cause.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable) =>
             {
-                ("no connection", format!("no connection: {cause}"))
+                (NO_CONNECTION, format!("no connection: {cause}"))
             }
             ureq::Error::Io(_) | ureq::Error::Protocol(_) | ureq::Error::BodyStalled | ureq::Error::Decompress(..) => {
                 ("half an answer or none", format!("the connection broke: {error}"))
@@ -338,19 +343,6 @@ impl Endpoint {
             _ => return Miss::All(StageError::Network { message: format!("{url}: {error}"), help: None }),
         };
         Miss::Again { reason: reason.to_owned(), message: format!("{url}: {what}"), wait: None, answered: false }
-    }
-
-    fn down(&self) -> StageError {
-        let Silence { requests, reason, message } = &*locked(&self.silence);
-        let message = format!("{requests} requests in a row had no answer; the last: {message}");
-        let what = match reason.as_str() {
-            "no connection" => "nobody listens there: start the server, or mend the address",
-            "status 429" => "a limit or quota of the server is used up: wait, raise it, or lower `concurrency`",
-            "no answer in time" => "the server is too slow or hangs: raise `timeout`, or lower `concurrency`",
-            _ => "see whether the server runs, and speaks OpenAI's interface",
-        };
-        let help = format!("{what}; what was answered until now is kept, and a rerun goes on");
-        StageError::Network { message, help: Some(help) }
     }
 
     /// Ends all requests, those that wait too, with this error, or the first that did.
@@ -369,7 +361,7 @@ impl Endpoint {
     fn wait_for_turn(&self) -> Result<(), CallError> {
         loop {
             self.check_end()?;
-            let until = *locked(&self.not_before);
+            let until = locked(&self.pause).until();
             match until.map(|until| until.saturating_duration_since(Instant::now())) {
                 Some(left) if !left.is_zero() => std::thread::sleep(left.min(NAP)),
                 _ => return Ok(()),
@@ -377,26 +369,22 @@ impl Endpoint {
         }
     }
 
-    /// Waits before the next try; a wait that the server asked for holds all requests back.
-    fn back_off(&self, attempt: u32, asked: Option<Duration>) -> Result<(), CallError> {
-        let until = Instant::now() + asked.unwrap_or_else(|| self.delays.after(attempt));
-        if asked.is_some() {
-            let mut not_before = locked(&self.not_before);
-            *not_before = Some(not_before.map_or(until, |earlier| earlier.max(until)));
+    /// Waits before the next try; a wait that the server asked for, `message` with it, holds all requests back.
+    fn back_off(&self, attempt: u32, asked: Option<Duration>, message: &str) -> Result<(), CallError> {
+        let now = Instant::now();
+        if let Some(wait) = asked
+            && locked(&self.pause).extend(wait, now)
+        {
+            let seconds = wait.as_secs_f64().ceil();
+            let note = format!("{message}; the server asks to wait {seconds} s: all requests wait until then");
+            locked(&self.notes).warn(note);
         }
+        let until = now + asked.unwrap_or_else(|| self.delays.after(attempt));
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             self.check_end()?;
             std::thread::sleep(left.min(NAP));
         }
         Ok(())
-    }
-
-    fn count_again(&self, reason: &str) {
-        let mut counts = locked(&self.counts);
-        match counts.again.iter_mut().find(|(known, _)| known == reason) {
-            Some((_, count)) => *count += 1,
-            None => counts.again.push((reason.to_owned(), 1)),
-        }
     }
 
     /// The message in the body of an error, in OpenAI's layout or any other.

@@ -1,11 +1,14 @@
 //! When a request is tried again: later and later, with some chance in it, or when the server says.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rand::Rng;
 
 /// The longest that a server's `Retry-After` is followed.
 const LONGEST_ASKED: Duration = Duration::from_secs(900);
+
+/// A wait that is longer than this is told.
+const SILENT: Duration = Duration::from_secs(5);
 
 /// Waits that double from `first` up to `longest`.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +29,33 @@ impl Delays {
     pub fn after(&self, attempt: u32) -> Duration {
         let whole = self.first.saturating_mul(1 << attempt.min(20)).min(self.longest);
         whole.mul_f64(rand::rng().random_range(0.5..=1.0))
+    }
+}
+
+/// The waits that a server asks for; the one that ends last holds all requests back.
+#[derive(Debug, Default)]
+pub struct Pause {
+    until: Option<Instant>,
+    /// The end that the user heard of.
+    told: Option<Instant>,
+}
+
+impl Pause {
+    pub fn until(&self) -> Option<Instant> {
+        self.until
+    }
+
+    /// The server asks for `wait` from `now` on; whether the user should hear of it: it is long, and no wait that was
+    /// told ends at about the same time. Requests that were under way together bring one wait each.
+    pub fn extend(&mut self, wait: Duration, now: Instant) -> bool {
+        let end = now + wait;
+        self.until = Some(self.until.map_or(end, |until| until.max(end)));
+        let considerable = SILENT.max(wait / 4);
+        let news = wait > SILENT && self.told.is_none_or(|told| end.saturating_duration_since(told) > considerable);
+        if news {
+            self.told = Some(end);
+        }
+        news
     }
 }
 
@@ -52,6 +82,20 @@ mod tests {
                 assert!((whole / 2..=whole).contains(&wait), "{attempt}: {wait}");
             }
         }
+    }
+
+    #[test]
+    fn a_long_pause_is_told_once_and_again_where_it_grows() {
+        let (mut pause, start) = (Pause::default(), Instant::now());
+        let mut told = |wait, after| pause.extend(Duration::from_secs(wait), start + Duration::from_secs(after));
+        assert!(!told(5, 0), "a short one");
+        assert!(told(600, 0));
+        assert!(!told(600, 2) && !told(30, 3) && !told(600, 100), "the same, or shorter");
+        assert!(told(900, 100), "longer");
+        assert!(told(10, 1000), "the next");
+        assert_eq!(pause.until(), Some(start + Duration::from_secs(1010)));
+        pause.extend(Duration::from_secs(1), start);
+        assert_eq!(pause.until(), Some(start + Duration::from_secs(1010)));
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub enum Reply {
     Text(&'static str),
     /// Half of this, and the connection is closed.
     Half(Value),
+    /// Half of this, and then nothing, until the client gives up.
+    HalfAndHang(Value),
     /// The connection is closed at once.
     Close,
     /// Nothing, until the client gives up.
@@ -123,6 +125,11 @@ fn serve(stream: TcpStream, answer: &Answer, log: &Mutex<Vec<Request>>, stop: &A
             );
             writer.write_all(format!("{head}{body}").as_bytes()).ok()
         };
+        let hang = || {
+            while !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
         match answer(&request) {
             Reply::Json(value) => {
                 let text = value.to_string();
@@ -138,11 +145,15 @@ fn serve(stream: TcpStream, answer: &Answer, log: &Mutex<Vec<Request>>, stop: &A
                 send(200, "", &text[..text.len() / 2], text.len())?;
                 return None;
             }
+            Reply::HalfAndHang(value) => {
+                let text = value.to_string();
+                send(200, "", &text[..text.len() / 2], text.len())?;
+                hang();
+                return None;
+            }
             Reply::Close => return None,
             Reply::Hang => {
-                while !stop.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
+                hang();
                 return None;
             }
             Reply::Slow(wait, value) => {

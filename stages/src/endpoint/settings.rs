@@ -62,6 +62,30 @@ pub fn retries() -> u32 {
     5
 }
 
+/// Why a field may not stand in `extra_body`: the stage decides it, and its results are kept by what it decided, or it
+/// could not read the answer.
+fn decided(path: &str, name: &str, value: &Value) -> Option<ParamIssue> {
+    let is_usual = |usual: Value| value.is_null() || *value == usual;
+    let (why, help) = match name {
+        "model" if !value.is_null() => ("the stage's own", format!("name the server's model by `{path}.model`")),
+        "messages" => (
+            "the stage's own",
+            "they are made of each item and of the text `tid_extraction` at the port `prompts`".to_owned(),
+        ),
+        "input" => ("the stage's own", "it is the items' texts; `prefix` is what each of them begins with".to_owned()),
+        "stream" if !is_usual(false.into()) => {
+            ("not to be set: an answer is read as a whole", "leave it out".to_owned())
+        }
+        "n" if !is_usual(1.into()) => ("not to be set: one answer is read", "leave it out".to_owned()),
+        "encoding_format" if !is_usual("float".into()) => {
+            ("not to be set: vectors are read as lists of numbers", "leave it out".to_owned())
+        }
+        _ => return None,
+    };
+    let issue = ParamIssue::new(format!("{path}.extra_body.{name}"), format!("`{name}` of `extra_body` is {why}"));
+    Some(issue.help(help))
+}
+
 impl Settings {
     /// Mistakes in these settings and in the server's address, under `path`. Without an address, no server is asked,
     /// and settings that only make sense with one are mistakes.
@@ -105,6 +129,7 @@ impl Settings {
         if self.api_key_env.as_ref().is_some_and(|name| !is_name(name)) {
             issue("api_key_env", "must be the name of an environment variable, not the key");
         }
+        issues.extend(self.extra_body.iter().filter_map(|(name, value)| decided(path, name, value)));
         issues
     }
 

@@ -1,8 +1,9 @@
 //! The client against a server that fails in every way.
 
 use std::{
+    collections::BTreeMap,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -14,7 +15,12 @@ use super::{
     CallError, Endpoint, Settings,
     server::{Reply, Server},
 };
-use crate::{Failure, StageError, StopFlag};
+use crate::{
+    Failure, StageContext, StageError, StopFlag, WorkerEvent,
+    event::LogLevel,
+    rows::{self, RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
+    testing,
+};
 
 fn settings() -> Settings {
     Settings { timeout: 60.0, retries: 3, concurrency: 4, ..Settings::default() }
@@ -294,6 +300,171 @@ fn a_stop_ends_the_waits() {
         let answer = endpoint.post("x", body(0), number);
         assert!(matches!(answer, Err(CallError::All(StageError::Stopped))), "{answer:?}");
     });
+}
+
+/// Whether the answer never comes, or its end does not.
+#[test]
+fn a_stop_cuts_off_what_is_under_way() {
+    for (retries, reply) in [(0, Reply::Hang), (3, Reply::Hang), (0, Reply::HalfAndHang(json!({"n": 12345})))] {
+        let stop = StopFlag::default();
+        let asked = stop.clone();
+        let server = Server::start(move |_| {
+            asked.stop();
+            reply.clone()
+        });
+        // Nobody waits for that: a stop that does not come through is told by the test's own limit.
+        let endless = Settings { timeout: 86_400.0, retries, ..settings() };
+        let endpoint = Endpoint::new(&server.url(), endless, stop);
+        let answer = endpoint.post("x", body(0), number);
+        assert!(matches!(answer, Err(CallError::All(StageError::Stopped))), "{answer:?}");
+    }
+}
+
+struct Asking<'a>(&'a Endpoint);
+
+impl RowFunction for Asking<'_> {
+    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
+        let one = |row: &usize| match self.0.post("x", body(*row), number) {
+            Ok(n) => Ok((*row, Ok(n.to_le_bytes().to_vec()))),
+            Err(error) => Ok((*row, Err(error.of_one()?))),
+        };
+        rows.iter().map(one).collect()
+    }
+}
+
+#[test]
+fn a_long_pause_is_told_while_it_lasts() {
+    let no_credit = json!({"error": {"message": "no credit left"}});
+    let server = Server::start(move |_| Reply::Status(429, "retry-after: 600", no_credit.clone()));
+    let (stop, warnings): (StopFlag, Arc<Mutex<Vec<String>>>) = Default::default();
+    let (stopping, heard) = (stop.clone(), Arc::clone(&warnings));
+    let sink = move |event| {
+        if let WorkerEvent::Log { level: LogLevel::Warn, message } = event {
+            heard.lock().unwrap().push(message);
+            stopping.stop();
+        }
+    };
+    let nothing = BTreeMap::new;
+    let mut cx = StageContext::new(nothing(), nothing(), Default::default(), 1, vec![], stop, sink);
+    let endpoint = Endpoint::new(&server.url(), settings(), cx.stop_flag());
+    let keys = (0..4).map(|n| RowRecipe::new("asking", 1).row().text("n", &n.to_string()).key()).collect();
+    let job = RowJob::new("asking", "item", keys).batch(1).requests(4);
+    let ended = rows::run(&mut cx, &job, |device: RowDevice| {
+        endpoint.tell_by(&device.notes);
+        Ok(Asking(&endpoint))
+    });
+    assert!(matches!(ended, Err(StageError::Stopped)));
+    let told = format!(
+        "{}/x: status 429: no credit left; the server asks to wait 600 s: all requests wait until then",
+        server.url()
+    );
+    assert_eq!(*warnings.lock().unwrap(), [told], "four requests wait, and one says so");
+}
+
+#[test]
+fn what_a_server_does_to_all_requests_is_told_as_its_fault() {
+    let outcome = |endpoint: &Endpoint| {
+        let rows = StageError::FailedRows { message: "2 of 2 items failed".into(), help: None };
+        let error = endpoint.explain::<()>(Err(rows.help("set `max_failed_rows`"))).unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.failure()), ("2 of 2 items failed", Failure::FailedRows));
+        error.help_text().unwrap().to_owned()
+    };
+    let replies: [(Reply, &str); 4] = [
+        (Reply::Status(500, "", json!("CUDA error")), "see the server's log"),
+        (Reply::Text("<html>Sign in</html>"), "something else answers there"),
+        (Reply::Json(json!({"m": 1})), "its interface is not OpenAI's"),
+        (Reply::Close, "see whether the server runs"),
+    ];
+    for (reply, wanted) in replies {
+        let server = Server::start(move |_| reply.clone());
+        let endpoint = endpoint(&server.url(), Settings { retries: 1, ..settings() });
+        assert!(endpoint.post("x", body(0), number).is_err());
+        let help = outcome(&endpoint);
+        assert!(help.contains("may be its fault"), "of one request nobody knows: {help}");
+        assert!(endpoint.post("x", body(1), number).is_err());
+        let help = outcome(&endpoint);
+        let fault = format!("{} had no answer of use to any request, which is its fault", server.url());
+        assert!(help.starts_with(&fault) && help.contains(wanted), "{help}");
+        let report = endpoint.report().unwrap();
+        assert!(report.contains("2 failed") && report.ends_with("that is the server's fault and not the rows'"));
+    }
+    let nobody = endpoint_without_server();
+    assert!((0..2).all(|n| nobody.post("x", body(n), number).is_err()));
+    assert!(outcome(&nobody).contains("nobody listens there"));
+    // One answer, and one refusal, show that others are possible.
+    for reply in [Reply::Json(json!({"n": 0})), Reply::Status(400, "", json!("too long"))] {
+        let server = Server::start(move |request| match request.body["n"].as_u64() {
+            Some(0) => reply.clone(),
+            _ => Reply::Status(500, "", json!("oh")),
+        });
+        let endpoint = endpoint(&server.url(), Settings { retries: 0, ..settings() });
+        (0..3).for_each(|n| drop(endpoint.post("x", body(n), number)));
+        assert_eq!(outcome(&endpoint), "set `max_failed_rows`");
+        assert!(!endpoint.report().unwrap().contains("fault"));
+    }
+}
+
+#[test]
+fn stages_tell_a_server_s_fault() {
+    let server = Server::start(|_| Reply::Status(500, "", json!({"error": {"message": "no model is loaded"}})));
+    let items = "{\"id\":\"a\",\"title\":\"red soap bar\"}\n{\"id\":\"b\",\"title\":\"blue gel\"}\n";
+    let model = json!({"endpoint": server.url(), "model": "m", "retries": 0});
+    for (kind, with) in [("similarity", json!({"encoder": model})), ("tid", json!({"extractor": model}))] {
+        let error = testing::run(kind, with, &[("items", items)]).unwrap_err();
+        assert!(error.to_string().contains("status 500: no model is loaded"), "{error}");
+        let help = error.help_text().unwrap();
+        assert!(help.starts_with(&server.url()) && help.contains("its fault and not the rows'"), "{kind}: {help}");
+    }
+}
+
+#[test]
+fn a_redirect_is_a_mistake_that_says_where_to() {
+    for status in [301, 307] {
+        let server = Server::start(move |_| {
+            Reply::Status(status, "location: https://llm.example.com/v1/x?token=abc", json!("moved"))
+        });
+        let endpoint = endpoint(&server.url(), settings());
+        let Err(CallError::All(error)) = endpoint.post("x", body(0), number) else { panic!() };
+        let said = format!("status {status}: it redirects to https://llm.example.com/v1/x");
+        assert!(error.to_string().ends_with(&said), "{error}");
+        assert_eq!(error.failure(), Failure::WrongInput, "neither request nor stage is tried again");
+        assert_eq!(server.seen().len(), 1);
+    }
+}
+
+#[test]
+fn fields_that_the_stage_decides_are_refused() {
+    let check = |field: &str, value: Value| {
+        let extra_body = Map::from_iter([(field.to_owned(), value)]);
+        Settings { extra_body, ..settings() }.check("encoder", Some("http://h/v1"))
+    };
+    let refused = [
+        ("model", json!("other")),
+        ("messages", json!([])),
+        ("messages", Value::Null),
+        ("input", json!("x")),
+        ("stream", json!(true)),
+        ("n", json!(2)),
+        ("encoding_format", json!("base64")),
+    ];
+    for (field, value) in refused {
+        let issues = check(field, value);
+        let [issue] = issues.as_slice() else { panic!("{field}: {issues:?}") };
+        assert_eq!(issue.path, format!("encoder.extra_body.{field}"));
+        assert!(issue.message.contains(&format!("`{field}` of `extra_body`")) && issue.help.is_some(), "{issue:?}");
+    }
+    assert!(check("model", json!("x"))[0].help.as_ref().unwrap().contains("`encoder.model`"));
+    let taken = [
+        ("model", Value::Null),
+        ("stream", json!(false)),
+        ("n", json!(1)),
+        ("encoding_format", Value::Null),
+        ("temperature", json!(1)),
+        ("max_tokens", Value::Null),
+    ];
+    for (field, value) in taken {
+        assert!(check(field, value).is_empty(), "{field}");
+    }
 }
 
 #[test]

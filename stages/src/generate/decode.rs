@@ -88,6 +88,8 @@ pub struct Decoder<'a> {
     ends: Vec<u32>,
     pool: rayon::ThreadPool,
     device: RowDevice,
+    /// The model's.
+    folder: &'a Path,
 }
 
 impl<'a> Decoder<'a> {
@@ -97,7 +99,7 @@ impl<'a> Decoder<'a> {
         params: &'a Params,
         work: &'a Work,
         model: &'a Qwen3,
-        folder: &Path,
+        folder: &'a Path,
         device: RowDevice,
         smaller: u32,
     ) -> Result<Self, StageError> {
@@ -108,10 +110,11 @@ impl<'a> Decoder<'a> {
             true => PROMPTS_ON_DEVICE,
             false => budget::batch(params, work.room, model.config(), &trie, longest, &device),
         } >> smaller.min(16);
-        let generator =
-            pool.install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))?;
+        let generator = pool
+            .install(|| Generator::new(model, device.threads).with_batch(batch).with_prefix(&work.prefix))
+            .map_err(|error| error.of_model(folder))?;
         let ends = model.config().text_ends(folder)?;
-        Ok(Self { params, work, generator, trie, ends, pool, device })
+        Ok(Self { params, work, generator, trie, ends, pool, device, folder })
     }
 
     fn answers<'q>(&self, queries: &[&'q Query]) -> Result<Vec<Answers>, grlm_nn::Error> {
@@ -209,7 +212,7 @@ impl RowFunction for Decoder<'_> {
             return Err(StageError::Stopped);
         }
         let queries: Vec<&Query> = rows.iter().map(|row| &self.work.queries[*row]).collect();
-        let answers = self.pool.install(|| self.answers(&queries))?;
+        let answers = self.pool.install(|| self.answers(&queries)).map_err(|error| error.of_model(self.folder))?;
         let bytes = |answers| serde_json::to_vec(&answers).map_err(|e| StageError::bug(e.to_string()));
         rows.iter().zip(answers).map(|(row, answers)| Ok((*row, Ok(bytes(answers)?)))).collect()
     }
@@ -262,6 +265,12 @@ impl List<'_> {
             self.scores.push(score);
         }
     }
+}
+
+/// Whether a text holds a TID of the catalogue.
+pub fn holds_tid(work: &Work, text: &str) -> bool {
+    let key = tid_in(text, work.layout.settings().format);
+    key.is_some_and(|key| work.tids.items_of_key(&key).next().is_some())
 }
 
 /// The first TID that a text holds, as a key of `tid2item_id`.

@@ -5,14 +5,14 @@
 //! Here: parameters and the order of work. What can be recommended is [`catalogue`]'s business, who is asked what
 //! [`queries`]', and how answers are computed [`decode`]'s. The search itself lives in `grlm_nn::generate`.
 
-use grlm_nn::qwen3::Qwen3;
+use grlm_nn::qwen3::{Config, Qwen3};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Holdout, Id2Meta, Split, TID_LENGTH, TokenKind, jsonl},
+    artifact::{Holdout, Id2Meta, Ranking, Split, TID_LENGTH, TokenKind, UserId, jsonl},
     compute::{Dtype, PerDevice},
     lm::Layout,
     rows::{self, RowDevice, RowJob},
@@ -224,19 +224,64 @@ impl Stage for Generate {
         let results = rows::run(cx, &job, make)?;
         let mut out = jsonl::Writer::create(cx.output("rankings")?)?;
         let (mut short, mut empty) = (0, 0);
+        let mut written = Written::default();
         for (query, result) in work.queries.iter().zip(results.iter()) {
             let bytes = result.map_err(|e| StageError::bug(format!("user `{}`: {e}", query.user)))?;
             let ranking = decode::ranking(&work, params, query, bytes)?;
             short += usize::from(ranking.items.len() < params.top_n().min(work.tids.items()));
             empty += usize::from(ranking.items.is_empty());
+            written.add(&work, &ranking);
             out.write(&ranking)?;
         }
         out.finish()?;
+        written.say(cx);
         if short > 0 {
             let all = work.queries.len();
             cx.warn(format!("{short} of {all} lists are shorter than {}, and {empty} are empty", params.top_n()));
         }
         Ok(())
+    }
+}
+
+/// What came of the texts of `decoding: free`.
+#[derive(Default)]
+struct Written {
+    texts: usize,
+    /// Those that hold a TID of the catalogue.
+    valid: usize,
+    /// The first user, and the best text for them.
+    first: Option<(UserId, String)>,
+}
+
+impl Written {
+    /// Characters of a text that a warning shows.
+    const SHOWN: usize = 100;
+
+    fn add(&mut self, work: &Work, ranking: &Ranking) {
+        let Some(texts) = &ranking.texts else { return };
+        self.texts += texts.len();
+        self.valid += texts.iter().filter(|text| decode::holds_tid(work, text)).count();
+        if let (None, Some(best)) = (&self.first, texts.first()) {
+            self.first = Some((ranking.user.clone(), best.clone()));
+        }
+    }
+
+    fn say(&self, cx: &mut StageContext) {
+        let Some((user, text)) = &self.first else { return };
+        let all = self.texts;
+        if self.valid > 0 {
+            cx.info(format!("{} of {all} texts hold a TID of the catalogue", self.valid));
+            return;
+        }
+        let shown = match text.char_indices().nth(Self::SHOWN) {
+            Some((end, _)) => format!("{}…", &text[..end]),
+            None => text.clone(),
+        };
+        cx.warn(format!(
+            "none of {all} texts holds a TID of the catalogue, and no list has an item; for user `{user}` the model wrote \
+             {shown:?}: train it (longer), give it more `max_new_tokens`, or use `decoding: catalogue`, which writes nothing \
+             but TIDs"
+        ));
     }
 }
 
@@ -255,7 +300,10 @@ struct Work {
 
 impl Work {
     fn read(params: &Params, cx: &StageContext) -> Result<Self, StageError> {
-        let (layout, info) = Layout::open(cx.input("checkpoint")?)?;
+        let folder = cx.input("checkpoint")?;
+        // The architecture first: an encoder's folder would otherwise be blamed for want of a grlm.json.
+        let config = folder.join("config.json").is_file().then(|| Config::load(folder)).transpose()?;
+        let (layout, info) = Layout::open(folder)?;
         if params.decoding == Decoding::Free && info.tokens == TokenKind::Prefixes {
             return Err(StageError::params("the model was trained with `tokens: prefixes`, and writes no free text")
                 .help("use `decoding: catalogue`, or train with `tokens: words`"));
@@ -270,6 +318,9 @@ impl Work {
             (Decoding::Free, _) => params.max_new_tokens,
         };
         let queries = queries::build(params, &layout, &id2meta, &tids, &holdout, room)?;
+        if let Some(config) = config {
+            queries::check_positions(&queries, config.max_positions, params.compat)?;
+        }
         let prefix = queries::common_prefix(&queries).to_vec();
         let asked_too_much = params.normalize == Normalize::Full
             && info.trained_from.get("normalize").is_some_and(|learned| *learned == json!(Normalize::Allowed));

@@ -55,7 +55,9 @@ pub fn build(
                 })
                 .collect::<Result<_, _>>()?;
             let HistoryPrompt { tokens: prompt, dropped } = match params.compat {
-                Compat::Fixed => layout.prompt(&records, params.compat, room)?,
+                Compat::Fixed => {
+                    layout.prompt(&records, params.compat, room).map_err(|error| of_user(error, &user.user))?
+                }
                 Compat::Reference => HistoryPrompt { tokens: reference_prompt(layout, &records)?, dropped: 0 },
             };
             let seen: Vec<ItemId> =
@@ -72,6 +74,37 @@ pub fn build(
         }
     }
     Ok(queries)
+}
+
+/// Names the user whose prompt cannot be made.
+fn of_user(error: StageError, user: &UserId) -> StageError {
+    match error {
+        StageError::Params { message, help } => {
+            StageError::Params { message: format!("user `{user}`: {message}"), help }
+        }
+        other => other,
+    }
+}
+
+/// Prompts that are longer than the model's `positions`, as some of `compat: reference` are, which leaves nothing out.
+///
+/// # Errors
+/// There are some.
+pub fn check_positions(queries: &[Query], positions: usize, compat: Compat) -> Result<(), StageError> {
+    let long = || queries.iter().filter(|query| query.prompt.len() > positions);
+    let Some(longest) = long().max_by_key(|query| query.prompt.len()) else { return Ok(()) };
+    let (count, all, tokens) = (long().count(), queries.len(), longest.prompt.len());
+    let message = format!(
+        "{count} of {all} prompts are longer than the model's {positions} positions; that of user `{}` has {tokens} tokens",
+        longest.user
+    );
+    Err(StageError::params(message).help(match compat {
+        Compat::Reference => {
+            "leave `compat: reference` out, and the oldest items of long histories are left out; or give `sft_rec` a lower \
+             `max_items`"
+        }
+        Compat::Fixed => "`max_length` in grlm.json is more than config.json has positions: they are of different models",
+    }))
 }
 
 /// As the published evaluation asks: everything in the user's turn, and a trailing space.

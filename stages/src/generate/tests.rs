@@ -210,6 +210,31 @@ fn free_decoding_keeps_the_texts() {
 }
 
 #[test]
+fn texts_without_a_tid_are_told_with_what_the_model_wrote() {
+    let free = |beams: usize| json!({"decoding": "free", "beams": beams, "max_new_tokens": 5, "exclude_seen": false});
+    let ran = Shop::new(SftFormat::Text).run(3, free(2));
+    let best = ran.lines("rankings")[0]["texts"][0].as_str().unwrap().to_owned();
+    let told = ran.logs().into_iter().find(|line| line.starts_with("none of 6 texts holds a TID")).unwrap().to_owned();
+    let wrote = format!("for user `u0` the model wrote {best:?}: ");
+    assert!(told.contains(&wrote) && told.contains("`decoding: catalogue`"), "{told}");
+    // Where some do, how many.
+    let ran = Shop::new(SftFormat::Compact).run(9, free(40));
+    let valid: usize = ran
+        .lines("rankings")
+        .iter()
+        .flat_map(|line| line["texts"].as_array().unwrap().clone())
+        .filter(|text| (0..40).any(|n| words(n).join(" ") == text.as_str().unwrap()))
+        .count();
+    let told = match valid {
+        0 => "none of 360 texts holds a TID".to_owned(),
+        some => format!("{some} of 360 texts hold a TID of the catalogue"),
+    };
+    assert!(ran.logs().iter().any(|line| line.starts_with(&told)), "{told}: {:?}", ran.logs());
+    let catalogue = Shop::new(SftFormat::Compact).run(3, json!({}));
+    assert!(!catalogue.logs().iter().any(|line| line.contains("texts")));
+}
+
+#[test]
 fn one_more_user_costs_one_user_and_a_longer_list_none() {
     let shop = Shop::new(SftFormat::Compact);
     let memo = MemoryMemo::default();
@@ -250,10 +275,26 @@ fn what_does_not_fit_together_is_refused() {
     refuses(shop.bench(1).input("holdout", "").run("generate", json!({})), &["no users"]);
     let blank = r#"{"i": {"id": "i", "summary_words": ["", "", "", "", ""]}}"#;
     refuses(shop.bench(1).input("id2meta", blank).run("generate", json!({})), &["no item can be recommended"]);
+    let encoder = concat!(env!("CARGO_MANIFEST_DIR"), "/nn/tests/fixtures/encoders/bert");
+    let encoder = shop.bench(1).input_path("checkpoint", encoder).run("generate", json!({}));
+    refuses(encoder, &["bert/config.json: `bert` is an encoder, and writes no text", "Qwen3"]);
     let weights = shop.model.path().join("m/model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
     refuses(shop.bench(2).run("generate", json!({})), &["not a whole safetensors file"]);
+    let text = Shop::new(SftFormat::Text);
+    let model = text.model.path().join("m");
+    let config = fs::read_to_string(model.join("config.json")).unwrap();
+    fs::write(
+        model.join("config.json"),
+        config.replace("\"max_position_embeddings\":512", "\"max_position_embeddings\":20"),
+    )
+    .unwrap();
+    let long = text.bench(4).run("generate", json!({"compat": "reference"}));
+    refuses(long, &["4 of 4 prompts are longer than the model's 20 positions; that of user `u3` has", "`max_items`"]);
+    let info = fs::read_to_string(model.join("grlm.json")).unwrap();
+    fs::write(model.join("grlm.json"), info.replace("\"max_length\": 400", "\"max_length\": 9")).unwrap();
+    refuses(text.bench(1).run("generate", json!({})), &["user `u0`: the last item of a history", "`max_length`"]);
     let issues = Generate::check(&Params { beams: 0, splits: Vec::new(), ..Params::default() });
     assert_eq!(issues.iter().map(|i| i.path.as_str()).collect::<Vec<_>>(), ["beams", "splits"]);
     let both = Params { decoding: Decoding::Free, normalize: Normalize::Allowed, ..Params::default() };

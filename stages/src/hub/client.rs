@@ -9,8 +9,12 @@ use std::{
 };
 
 use serde::Deserialize;
-use ureq::{Agent, Body, http::Response};
+use ureq::{Agent, Body, Timeout, http::Response};
 
+use super::{
+    fault::{Fault, Trouble},
+    redirect,
+};
 use crate::{
     StageError,
     endpoint::retry::{Delays, retry_after},
@@ -23,6 +27,10 @@ const TRIES_TO_DESCRIBE: u32 = 3;
 const NAP: Duration = Duration::from_millis(50);
 /// Bytes of a description at most.
 const LONGEST_DESCRIPTION: u64 = 64 << 20;
+/// Redirects that are followed one after the other.
+const MOST_REDIRECTS: usize = 10;
+/// Bytes of a redirect's body that are read so that its connection serves again.
+const LONGEST_REDIRECT: u64 = 64 << 10;
 
 pub struct Client {
     agent: Agent,
@@ -78,16 +86,34 @@ impl RemoteFile {
     }
 }
 
-/// Why one try failed.
-enum Trouble {
-    /// It may pass, after this long if the hub says so.
-    Passing(String, Option<Duration>),
-    Final(StageError),
+/// What came of a request, and from where.
+struct Answer {
+    response: Response<Body>,
+    asked: String,
+    /// The same address, or where redirects led.
+    from: String,
 }
 
-impl Trouble {
-    fn passing(message: String) -> Self {
-        Self::Passing(message, None)
+impl Answer {
+    fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+
+    fn header(&self, name: &str) -> Option<&str> {
+        self.response.headers().get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// How long the hub asks us to wait: `Retry-After`, or what is left of its window, `RateLimit: "api";r=0;t=55`.
+    fn asked_wait(&self) -> Option<Duration> {
+        let window = || {
+            self.header("ratelimit").and_then(|text| text.split(';').find_map(|part| part.trim().strip_prefix("t=")))
+        };
+        retry_after(self.header("retry-after").or_else(window), SystemTime::now())
+    }
+
+    /// `what`, with the place where it happened if that is another than was asked.
+    fn told(&self, what: impl Into<String>) -> String {
+        redirect::told(&self.asked, &self.from, what)
     }
 }
 
@@ -96,6 +122,8 @@ impl Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .accept_encoding("identity")
+            // They are followed here, so that a message can say where they led.
+            .max_redirects(0)
             .user_agent(concat!("grlm/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(patience))
             .timeout_recv_response(Some(patience))
@@ -118,19 +146,18 @@ impl Client {
             Ok(())
         };
         let description: Description = self.tried(TRIES_TO_DESCRIBE, repository, &address, wait, || {
-            let response = self.get(&address, 0)?;
-            if response.status().as_u16() != 200 {
-                return Err(self.refused(&response, repository, revision));
+            let mut answer = self.get(&address, 0)?;
+            if answer.status() != 200 {
+                return Err(self.refused(&answer, repository, revision));
             }
-            let mut text = String::new();
-            response
-                .into_body()
-                .into_reader()
-                .take(LONGEST_DESCRIPTION)
-                .read_to_string(&mut text)
-                .map_err(|e| Trouble::passing(e.to_string()))?;
-            serde_json::from_str(&text)
-                .map_err(|e| Trouble::passing(format!("the answer is not a description of a model: {e}")))
+            let mut text = Vec::new();
+            let mut body = answer.response.body_mut().as_reader().take(LONGEST_DESCRIPTION);
+            let read = body.read_to_end(&mut text);
+            read.map_err(|e| Trouble::passing(Fault::BrokenOff, answer.told(format!("broke off: {e}"))))?;
+            serde_json::from_slice(&text).map_err(|e| {
+                let what = format!("the answer is not a description of a model: {e}");
+                Trouble::passing(Fault::NoHub, answer.told(what))
+            })
         })?;
         let is_safe =
             |path: &str| !path.starts_with('/') && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
@@ -177,20 +204,28 @@ impl Client {
             if have == file.size && have > 0 {
                 return Ok(());
             }
-            let response = self.get(&address, have)?;
-            match response.status().as_u16() {
+            let mut answer = self.get(&address, have)?;
+            let length: Option<u64> = answer.header("content-length").and_then(|length| length.parse().ok());
+            match answer.status() {
                 206 if have > 0 => {}
+                200 if length.is_some_and(|length| length < file.size) => {
+                    let what = format!("the answer is not the file: it is shorter than its {} bytes", file.size);
+                    return Err(Trouble::passing(Fault::NoHub, answer.told(what)));
+                }
                 200 => have = 0,
-                _ => return Err(self.refused(&response, repository, commit)),
+                _ => return Err(self.refused(&answer, repository, commit)),
             }
+            let broke_off = |what: String| {
+                let what = redirect::told(&answer.asked, &answer.from, format!("broke off at byte {what}"));
+                Trouble::passing(Fault::BrokenOff, what)
+            };
             let own = |action, e| Trouble::Final(StageError::io(action, target, e));
             let mut out = if have > 0 { OpenOptions::new().append(true).open(target) } else { File::create(target) }
                 .map_err(|e| own("write", e))?;
-            let mut body = response.into_body().into_reader();
+            let mut body = answer.response.body_mut().as_reader();
             let mut buffer = vec![0; 256 << 10];
             loop {
-                let count =
-                    body.read(&mut buffer).map_err(|e| Trouble::passing(format!("broke off at byte {have}: {e}")))?;
+                let count = body.read(&mut buffer).map_err(|e| broke_off(format!("{have}: {e}")))?;
                 if count == 0 {
                     break;
                 }
@@ -199,35 +234,93 @@ impl Client {
                 progress.borrow_mut()(have.min(file.size)).map_err(Trouble::Final)?;
             }
             if have < file.size {
-                return Err(Trouble::passing(format!("broke off at byte {have} of {}", file.size)));
+                return Err(broke_off(format!("{have} of {}", file.size)));
             }
             out.sync_all().map_err(|e| own("write", e))
         })
     }
 
-    fn get(&self, address: &str, from: u64) -> Result<Response<Body>, Trouble> {
-        let mut request = self.agent.get(address);
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
+    /// The answer at the end of all redirects. The token goes to the hub alone.
+    fn get(&self, address: &str, from: u64) -> Result<Answer, Trouble> {
+        let mut at = address.to_owned();
+        for _ in 0..=MOST_REDIRECTS {
+            let mut request = self.agent.get(&at);
+            if let Some(token) = &self.token
+                && redirect::is_same_place(address, &at)
+            {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            if from > 0 {
+                request = request.header("Range", format!("bytes={from}-"));
+            }
+            let mut response = request.call().map_err(|error| self.lost(address, &at, error))?;
+            let location = match response.status().as_u16() {
+                301 | 302 | 303 | 307 | 308 => response.headers().get("location").and_then(|l| l.to_str().ok()),
+                _ => None,
+            };
+            let Some(next) = location.map(|location| redirect::target(&at, location)) else {
+                return Ok(Answer { response, asked: address.to_owned(), from: at });
+            };
+            let _ = response.body_mut().with_config().limit(LONGEST_REDIRECT).read_to_vec();
+            at = next;
         }
-        if from > 0 {
-            request = request.header("Range", format!("bytes={from}-"));
-        }
-        request.call().map_err(|e| Trouble::passing(e.to_string()))
+        let what = redirect::told(address, &at, format!("and on, after {MOST_REDIRECTS} redirects"));
+        Err(Trouble::Lasting(Fault::NoHub, what))
     }
 
-    fn refused(&self, response: &Response<Body>, repository: &str, revision: &str) -> Trouble {
-        let status = response.status().as_u16();
+    /// A request that had no answer.
+    fn lost(&self, address: &str, at: &str, error: ureq::Error) -> Trouble {
+        use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable};
+        let told = |what: String| redirect::told(address, at, what);
+        let (fault, what) = match &error {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) if at == address => {
+                let help = "HF_ENDPOINT must be the address of a hub, such as https://huggingface.co";
+                return Trouble::Final(StageError::params(format!("{address}: {error}")).help(help));
+            }
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
+                return Trouble::Lasting(Fault::NoHub, told(error.to_string()));
+            }
+            ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
+                (Fault::NoConnection, format!("no connection within {} s", self.patience.as_secs_f64()))
+            }
+            ureq::Error::Timeout(_) => {
+                (Fault::InTrouble, format!("no answer within {} s", self.patience.as_secs_f64()))
+            }
+            ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (Fault::NoConnection, error.to_string()),
+            // A name that cannot be looked up has no kind of its own.
+            ureq::Error::Io(cause)
+                if matches!(cause.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable)
+                    || cause.to_string().contains("lookup") =>
+            {
+                (Fault::NoConnection, format!("no connection: {cause}"))
+            }
+            // Of TLS: a certificate that is another's, or no TLS at all.
+            ureq::Error::Io(cause) if cause.kind() == InvalidData => (Fault::NoHub, cause.to_string()),
+            ureq::Error::Io(cause) => (Fault::BrokenOff, format!("the connection broke: {cause}")),
+            _ => (Fault::NoHub, error.to_string()),
+        };
+        match fault {
+            // The way there is barred, mostly by a firewall that knows the hub alone.
+            Fault::NoConnection if at != address => Trouble::Lasting(fault, told(what)),
+            _ => Trouble::passing(fault, told(what)),
+        }
+    }
+
+    fn refused(&self, answer: &Answer, repository: &str, revision: &str) -> Trouble {
+        let status = answer.status();
         let help = match (status, &self.token) {
             (401 | 403, None) => "it may not exist, or ask for a token: set HF_TOKEN",
             (401 | 403, Some(_)) => "the token of HF_TOKEN may not read it; ask for access on the model's page",
             (404, _) => "check the spelling of the repository and of its revision",
             (408 | 429 | 500..=599, _) => {
-                return Trouble::Passing(format!("the hub answered {status}"), asked_wait(response));
+                let fault = if status == 429 { Fault::Limited } else { Fault::InTrouble };
+                let what = answer.told(format!("the hub answered {status}"));
+                return Trouble::Passing(fault, what, answer.asked_wait());
             }
             _ => "is HF_ENDPOINT a hub?",
         };
-        let message = format!("{} has no `{repository}` at `{revision}` for us (status {status})", self.endpoint);
+        let status = answer.told(format!("status {status}"));
+        let message = format!("{} has no `{repository}` at `{revision}` for us ({status})", self.endpoint);
         Trouble::Final(StageError::params(message).help(help))
     }
 
@@ -239,30 +332,20 @@ impl Client {
         wait: impl Fn(Duration) -> Result<(), StageError>,
         mut attempt: impl FnMut() -> Result<T, Trouble>,
     ) -> Result<T, StageError> {
-        let mut last = String::new();
-        for round in 0..tries {
-            match attempt() {
+        let mut round = 0;
+        loop {
+            round += 1;
+            let (fault, message) = match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Trouble::Final(error)) => return Err(error),
-                Err(Trouble::Passing(message, asked)) => {
-                    last = message;
-                    if round + 1 < tries {
-                        wait(asked.unwrap_or_else(|| self.delays.after(round)))?;
-                    }
+                Err(Trouble::Passing(_, _, asked)) if round < tries => {
+                    wait(asked.unwrap_or_else(|| self.delays.after(round - 1)))?;
+                    continue;
                 }
-            }
+                Err(Trouble::Passing(fault, message, _) | Trouble::Lasting(fault, message)) => (fault, message),
+            };
+            let help = Some(fault.help(&self.endpoint, repository));
+            return Err(StageError::Network { message: format!("{address}: {message}"), help });
         }
-        Err(StageError::Network {
-            message: format!("{address}: {last}"),
-            help: Some(format!("without network, put `{repository}` on this machine and give its folder")),
-        })
     }
-}
-
-/// How long the hub asks us to wait: `Retry-After`, or what is left of its window, `RateLimit: "api";r=0;t=55`.
-fn asked_wait(response: &Response<Body>) -> Option<Duration> {
-    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-    let window =
-        || header("ratelimit").and_then(|text| text.split(';').find_map(|part| part.trim().strip_prefix("t=")));
-    retry_after(header("retry-after").or_else(window), SystemTime::now())
 }

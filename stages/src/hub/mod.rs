@@ -22,10 +22,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::StageError;
+use crate::{Failure, StageError};
 
 mod cache;
 mod client;
+mod fault;
+mod redirect;
 #[cfg(test)]
 mod tests;
 
@@ -94,6 +96,29 @@ pub enum PinnedModel {
     },
 }
 
+impl PinnedModel {
+    /// A model about which this was learned, and no more.
+    pub fn unknown(error: StageError) -> Self {
+        let (wrong, help) = (error.failure() == Failure::WrongInput, error.help_text().map(str::to_owned));
+        let message = match error {
+            // Said again where the model is opened.
+            StageError::Network { message, .. } => message,
+            other => other.to_string(),
+        };
+        Self::Unknown { message, help, wrong }
+    }
+}
+
+/// Where the commit comes from that a revision stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    ByHub,
+    /// The hub was not asked.
+    Unasked,
+    /// The hub was asked in vain.
+    InVain,
+}
+
 /// The hub, its mirror or its cache, as the environment says.
 pub struct Hub {
     client: Option<Client>,
@@ -146,16 +171,16 @@ impl Hub {
         self.client.is_some()
     }
 
-    /// [`Hub::resolve`], and whether the hub was reached.
-    fn resolve_or_recall(&self, repository: &str, revision: &str) -> Result<(String, bool), StageError> {
+    /// [`Hub::resolve`], and who says so.
+    fn resolve_or_recall(&self, repository: &str, revision: &str) -> Result<(String, Told), StageError> {
         if is_commit(revision) {
-            return Ok((revision.to_owned(), false));
+            return Ok((revision.to_owned(), Told::Unasked));
         }
         let folder = cache::Repository::new(&self.cache, repository);
         let known = folder.known_commit(revision);
         let Some(client) = &self.client else {
             let commit = known.ok_or_else(|| not_kept(repository, revision, &self.cache))?;
-            return Ok((commit, false));
+            return Ok((commit, Told::Unasked));
         };
         match client.describe(repository, revision) {
             Ok(description) => {
@@ -163,12 +188,12 @@ impl Hub {
                 if let Err(error) = folder.remember_commit(revision, &description.commit) {
                     tracing::warn!(repository, revision, %error, "the commit is not remembered");
                 }
-                Ok((description.commit, true))
+                Ok((description.commit, Told::ByHub))
             }
             Err(error @ StageError::Network { .. }) => match known {
                 Some(commit) => {
-                    tracing::warn!(repository, revision, %commit, %error, "the hub cannot be reached; taking the commit known");
-                    Ok((commit, false))
+                    tracing::warn!(repository, revision, %commit, %error, "the hub has no answer; taking the commit known");
+                    Ok((commit, Told::InVain))
                 }
                 None => Err(error),
             },
@@ -223,25 +248,28 @@ impl Hub {
                 Err(StageError::input(folder, "is not a folder").help("give a model's folder, or `organisation/name`"))
             }
             ModelName::Folder(folder) => Ok(PinnedModel::Folder(folder.clone())),
-            ModelName::Hub { repository, revision } => {
-                let (commit, reached) = self.resolve_or_recall(repository, revision)?;
-                match reached {
-                    true => Ok(PinnedModel::Hub { repository: repository.clone(), commit }),
-                    false => self.pin_unasked(repository, commit),
-                }
-            }
+            ModelName::Hub { repository, revision } => match self.resolve_or_recall(repository, revision)? {
+                (commit, Told::ByHub) => Ok(PinnedModel::Hub { repository: repository.clone(), commit }),
+                (commit, Told::Unasked) => self.pin_unasked(repository, commit, self.client.as_ref()),
+                (commit, Told::InVain) => self.pin_unasked(repository, commit, None),
+            },
         }
     }
 
-    /// A commit that the hub was not asked about. One that another program fetched, in part perhaps, is known by its
-    /// files when the hub cannot be asked for the rest.
-    fn pin_unasked(&self, repository: &str, commit: String) -> Result<PinnedModel, StageError> {
+    /// A commit that the hub was not asked about, and is now where it may be. One that another program fetched, in part
+    /// perhaps, is known by its files when the hub cannot be asked for the rest.
+    fn pin_unasked(
+        &self,
+        repository: &str,
+        commit: String,
+        client: Option<&Client>,
+    ) -> Result<PinnedModel, StageError> {
         let folder = cache::Repository::new(&self.cache, repository);
         let pinned = |commit| Ok(PinnedModel::Hub { repository: repository.to_owned(), commit });
         if folder.is_complete(&commit) {
             return pinned(commit);
         }
-        match self.client.as_ref().map(|client| client.describe(repository, &commit)) {
+        match client.map(|client| client.describe(repository, &commit)) {
             Some(Ok(_)) => return pinned(commit),
             Some(Err(error)) if !matches!(error, StageError::Network { .. }) => return Err(error),
             _ => {}

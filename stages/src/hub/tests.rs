@@ -22,6 +22,9 @@ enum Trick {
     Limited(&'static str),
     BreakAfter(usize),
     Garbage,
+    /// A page instead of what was asked for.
+    Page,
+    Redirect(String),
 }
 
 struct Server {
@@ -97,13 +100,20 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             .collect();
         Some(json!({"sha": COMMIT, "siblings": siblings}).to_string().into_bytes())
     } else {
-        path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")).and_then(|name| state.files.get(name).cloned())
+        let file = path.split('?').next().and_then(|path| path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")));
+        file.and_then(|name| state.files.get(name).cloned())
     };
     drop(state);
-    let limit = if let Some(Trick::Limited(header)) = trick { format!("{header}\r\n") } else { String::new() };
+    let more = match &trick {
+        Some(Trick::Limited(header)) => format!("{header}\r\n"),
+        Some(Trick::Redirect(target)) => format!("Location: {target}\r\n"),
+        _ => String::new(),
+    };
     let (status, body) = match (trick, body) {
         (Some(Trick::Status(status)), _) => (status, Vec::new()),
         (Some(Trick::Limited(_)), _) => (429, Vec::new()),
+        (Some(Trick::Redirect(_)), _) => (302, b"Found".to_vec()),
+        (Some(Trick::Page), _) => (200, b"<html>Sign in</html>".to_vec()),
         _ if wrong_token => (401, Vec::new()),
         (Some(Trick::Garbage), Some(body)) => (200, vec![b'x'; body.len()]),
         (Some(Trick::BreakAfter(count)), Some(body)) => {
@@ -115,7 +125,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         (_, Some(body)) => (200, body),
         (_, None) => (404, Vec::new()),
     };
-    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{limit}Connection: close\r\n\r\n", body.len());
+    let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{more}Connection: close\r\n\r\n", body.len());
     stream.write_all(&[head.as_bytes(), &body].concat())
 }
 
@@ -298,6 +308,109 @@ fn what_the_hub_refuses_is_said_once_with_what_to_do() {
     let bare = Server::start(&[("config.json", b"{}".to_vec())]);
     let error = fetch(&hub_with(&bare.address, tempfile::tempdir().unwrap().path(), &[])).unwrap_err();
     assert!(error.to_string().contains("no weights in safetensors"), "{error}");
+}
+
+#[test]
+fn each_fault_is_told_with_what_helps_against_it() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let resolved = |tricks: [Trick; 3]| {
+        tricks.into_iter().for_each(|trick| server.trick("revision", trick));
+        let error = hub_with(&server.address, home.path(), &[]).resolve("org/tiny", MAIN).unwrap_err();
+        assert_eq!((error.failure(), server.asked().len()), (Failure::Environment, 3));
+        (error.to_string(), error.help_text().unwrap().to_owned())
+    };
+    let (said, help) = resolved([500, 502, 503].map(Trick::Status));
+    assert!(said.starts_with("network: http://") && said.ends_with("the hub answered 503"), "{said}");
+    assert!(help.contains("is in trouble: try again later") && !help.contains("without network"), "{help}");
+    let (_, help) = resolved(["Retry-After: 0"; 3].map(Trick::Limited));
+    assert!(help.contains("set HF_TOKEN"), "{help}");
+    for junk in [|| Trick::Page, || Trick::Garbage] {
+        let (said, help) = resolved([junk(), junk(), junk()]);
+        assert!(said.contains("not a description of a model"), "{said}");
+        assert!(help.contains(&format!("is {} (HF_ENDPOINT, if it is set) a hub?", server.address)), "{help}");
+    }
+    let (said, help) = resolved([3, 3, 3].map(Trick::BreakAfter));
+    assert!(said.contains("broke off") && help.contains("breaks off"), "{said} {help}");
+    let nobody = hub_with("http://127.0.0.1:1", home.path(), &[]);
+    let error = nobody.resolve("org/tiny", MAIN).unwrap_err();
+    assert!(error.to_string().contains("no connection"), "{error}");
+    assert!(error.help_text().unwrap().starts_with("without network, put `org/tiny` on this machine"));
+    let error = hub_with("no address", home.path(), &[]).resolve("org/tiny", MAIN).unwrap_err();
+    assert!(error.failure() == Failure::WrongInput && error.help_text().unwrap().contains("HF_ENDPOINT"), "{error}");
+}
+
+#[test]
+fn what_is_known_of_a_model_is_said_once_more_where_it_is_opened() {
+    let home = tempfile::tempdir().unwrap();
+    let hub = hub_with("http://127.0.0.1:1", home.path(), &[]);
+    let error = hub.pin(&ModelName::parse("org/tiny").unwrap()).unwrap_err();
+    let (said, help) = (error.to_string(), error.help_text().map(str::to_owned));
+    let again = hub.open(&PinnedModel::unknown(error), &mut |_, _| Ok(())).unwrap_err();
+    assert_eq!((again.to_string(), again.help_text().map(str::to_owned)), (said, help));
+    assert_eq!(again.failure(), Failure::Environment);
+}
+
+#[test]
+fn a_hub_without_an_answer_is_not_asked_about_the_commit_that_is_known() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let refs = home.path().join("hub/models--org--tiny/refs");
+    fs::create_dir_all(&refs).unwrap();
+    fs::write(refs.join("main"), COMMIT).unwrap();
+    (0..3).for_each(|_| server.trick("revision", Trick::Status(500)));
+    let pinned = hub_with(&server.address, home.path(), &[]).pin(&ModelName::parse("org/tiny").unwrap()).unwrap();
+    assert_eq!(pinned, PinnedModel::Hub { repository: "org/tiny".into(), commit: COMMIT.into() });
+    assert_eq!(server.asked().len(), 3);
+}
+
+#[test]
+fn a_redirect_that_leads_nowhere_says_where_and_is_followed_once() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    let main = "/api/models/org/tiny/revision/main";
+    let resolve = || hub_with(&server.address, home.path(), &[]).resolve("org/tiny", MAIN);
+    server.trick("revision", Trick::Redirect("http://127.0.0.1:1/there?signature=abc".into()));
+    let error = resolve().unwrap_err().to_string();
+    assert!(error.contains("redirected to http://127.0.0.1:1/there: no connection"), "{error}");
+    assert!(!error.contains("abc"), "{error}");
+    assert_eq!(server.asked().len(), 1);
+    (0..11).for_each(|_| server.trick("revision", Trick::Redirect(main.into())));
+    let error = resolve().unwrap_err();
+    assert!(error.to_string().contains(&format!("{}{main}: and on, after 10 redirects", server.address)), "{error}");
+    assert!(error.help_text().unwrap().contains("login page"));
+    assert_eq!(server.asked().len(), 11);
+    server.trick("revision", Trick::Redirect("gopher://hole/".into()));
+    let error = resolve().unwrap_err();
+    assert!(error.to_string().contains("redirected to gopher://hole/: "), "{error}");
+    assert_eq!(server.asked().len(), 1);
+    // Files are often elsewhere.
+    server.trick("model.safetensors", Trick::Redirect(format!("/org/tiny/resolve/{COMMIT}/model.safetensors?x=1")));
+    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+}
+
+#[test]
+fn a_token_is_told_the_hub_alone() {
+    let (hub, other, home) = (server(), server(), tempfile::tempdir().unwrap());
+    for server in [&hub, &other] {
+        server.state.lock().unwrap().token = Some("secret".into());
+    }
+    let main = "/api/models/org/tiny/revision/main";
+    let resolve = || hub_with(&hub.address, home.path(), &[("HF_TOKEN", "secret")]).resolve("org/tiny", MAIN);
+    hub.trick("revision", Trick::Redirect(main.into()));
+    assert_eq!(resolve().unwrap(), COMMIT);
+    hub.trick("revision", Trick::Redirect(format!("{}{main}", other.address)));
+    let error = resolve().unwrap_err().to_string();
+    assert!(error.contains(&format!("redirected to {}{main}: status 401", other.address)), "{error}");
+}
+
+#[test]
+fn a_page_in_place_of_a_file_is_no_beginning_of_it() {
+    let (server, home) = (server(), tempfile::tempdir().unwrap());
+    server.trick("model.safetensors", Trick::Page);
+    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+    let asked = server.asked();
+    assert_eq!(asked.iter().filter(|path| path.contains("model.safetensors")).count(), 2);
+    assert!(!asked.iter().any(|path| path.contains(" from ")), "{asked:?}");
 }
 
 #[test]

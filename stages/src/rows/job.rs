@@ -6,6 +6,9 @@ use crate::{Device, StageError, StopFlag, machine};
 
 use super::RowKey;
 
+/// Rows of one reason that an error names, where there are many.
+const NAMED: usize = 2;
+
 /// The result of a row, or why there is none.
 pub type RowResult = Result<Vec<u8>, RowFailure>;
 
@@ -88,13 +91,19 @@ impl RowJob {
         self
     }
 
-    /// A row as a message names it.
-    pub(super) fn name(&self, row: usize) -> String {
-        let unit = &self.unit;
-        match &self.names {
-            Some(names) => format!("{unit} `{}`", names[row]),
-            None => format!("{unit} {}", row + 1),
-        }
+    /// Rows that failed as a message names them: ``items `a`, `b` (and 3 more)``.
+    pub(super) fn named(&self, failed: &[(usize, &RowFailure)]) -> String {
+        let name = |(row, failure): &(usize, &RowFailure)| match (&failure.row, &self.names) {
+            (Some(name), _) => name.clone(),
+            (None, Some(names)) => format!("`{}`", names[*row]),
+            (None, None) => (row + 1).to_string(),
+        };
+        // `(and 1 more)` takes the place of a name.
+        let shown = if failed.len() == NAMED + 1 { NAMED + 1 } else { NAMED.min(failed.len()) };
+        let names: Vec<String> = failed[..shown].iter().map(name).collect();
+        let plural = if failed.len() == 1 { "" } else { "s" };
+        let more = if failed.len() > shown { format!(" (and {} more)", failed.len() - shown) } else { String::new() };
+        format!("{}{plural} {}{more}", self.unit, names.join(", "))
     }
 
     /// One cost for each key.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Notes, RowDevice, RowFunction, RowJob, RowKey, RowMemo, RowResult, Rows,
+    Notes, RowDevice, RowFailure, RowFunction, RowJob, RowKey, RowMemo, RowResult, Rows,
     share::{Next, Share},
 };
 use crate::{StageContext, StageError};
@@ -22,8 +22,8 @@ const REVISIT: Duration = Duration::from_millis(50);
 const STACK: usize = 64 << 20;
 /// A thread that only waits for a server needs less, and there may be thousands.
 const STACK_OF_REQUESTS: usize = 2 << 20;
-/// Failed rows that an error names.
-const SHOWN: usize = 5;
+/// Lines in which an error tells why rows failed.
+const LINES: usize = 5;
 
 /// Computes what is missing of `job` on the attempt's devices and returns all results, in the order of rows.
 ///
@@ -391,28 +391,54 @@ fn judge(cx: &mut StageContext, job: &RowJob, rows: Rows) -> Result<Rows, StageE
     if failed == 0 {
         return Ok(rows);
     }
+    let reasons = reasons(&rows);
     let mut text = format!("{failed} of {} {}s failed", rows.len(), job.unit);
-    let reason = rows.failures().next().map(|(_, failure)| &failure.message);
-    let is_of_all =
-        |reason: &&String| failed > SHOWN && rows.failures().all(|(_, failure)| failure.message == **reason);
-    match reason.filter(is_of_all) {
-        Some(reason) => text.push_str(&format!(", all of them with: {reason}")),
-        None => {
-            for (row, failure) in rows.failures().take(SHOWN) {
-                text.push_str(&format!("; {}: {failure}", job.name(row)));
-            }
-            if failed > SHOWN {
-                text.push_str("; …");
-            }
-        }
+    match lines(job, &reasons).as_slice() {
+        [one] => text.push_str(&format!("; {one}")),
+        several => several.iter().for_each(|line| text.push_str(&format!("\n  {line}"))),
     }
     if failed <= job.max_failed_rows {
         cx.warn(text);
         return Ok(rows);
     }
     let help = match job.max_failed_rows {
+        _ if failed == rows.len() && failed > 1 && reasons.len() == 1 => {
+            "not one has a result, and all for one reason: that is no fault of a single one; a rerun tries them again"
+                .to_owned()
+        }
         0 => "the others' results are kept: run again to try these alone, or set `max_failed_rows`".to_owned(),
         most => format!("`max_failed_rows` is {most}; the others' results are kept, and a rerun tries these alone"),
     };
     Err(StageError::FailedRows { message: text, help: Some(help) })
+}
+
+/// The rows that failed for one and the same reason.
+type Alike<'a> = Vec<(usize, &'a RowFailure)>;
+
+/// Failed rows by their reasons: those that most rows have first, equally many in the order of rows.
+fn reasons(rows: &Rows) -> Vec<Alike<'_>> {
+    let mut places: HashMap<&str, usize> = HashMap::new();
+    let mut reasons: Vec<Alike> = Vec::new();
+    for (row, failure) in rows.failures() {
+        let place = *places.entry(&failure.message).or_insert_with(|| {
+            reasons.push(Vec::new());
+            reasons.len() - 1
+        });
+        reasons[place].push((row, failure));
+    }
+    reasons.sort_by_key(|alike| std::cmp::Reverse(alike.len()));
+    reasons
+}
+
+/// A line for each reason; where there are more than fit, the last one counts the rest.
+fn lines(job: &RowJob, reasons: &[Alike]) -> Vec<String> {
+    let told = if reasons.len() > LINES { LINES - 1 } else { reasons.len() };
+    let line = |alike: &Alike| format!("{}: {}", job.named(alike), alike[0].1.message);
+    let mut lines: Vec<String> = reasons[..told].iter().map(line).collect();
+    let rest = &reasons[told..];
+    if !rest.is_empty() {
+        let rows: usize = rest.iter().map(Vec::len).sum();
+        lines.push(format!("and {rows} {}s for {} other reasons", job.unit, rest.len()));
+    }
+    lines
 }

@@ -56,6 +56,10 @@ pub fn job(model: &EmbeddingModel, identity: &str, device: &str, texts: &[String
 pub struct Embedded {
     /// Which texts have one, ascending.
     pub texts: Vec<usize>,
+    /// Which have none: the model had no answer.
+    pub failed: Vec<usize>,
+    /// Which have a vector of zeros, which is near to nothing.
+    pub zero: Vec<usize>,
     /// `[texts, width]`.
     pub vectors: Vec<f32>,
     pub width: usize,
@@ -83,12 +87,15 @@ pub fn embed(
     let rows = match &model.endpoint {
         Some(address) => {
             let endpoint = Endpoint::new(address, model.endpoint_settings(), cx.stop_flag());
-            let make = |_: RowDevice| Ok(Served { endpoint: &endpoint, model, texts });
+            let make = |device: RowDevice| {
+                endpoint.tell_by(&device.notes);
+                Ok(Served { endpoint: &endpoint, model, texts })
+            };
             let rows = rows::run(cx, &job, make);
             if let Some(report) = endpoint.report() {
                 cx.info(report);
             }
-            rows?
+            endpoint.explain(rows)?
         }
         None => {
             let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());
@@ -109,15 +116,23 @@ pub fn embed(
                     let tokens = tokens_at_once(|tokens| encoder.bytes_of_work(tokens), threads, out_of_memory);
                     Ok(encoder.with_tokens_at_once(tokens))
                 })?;
-                Ok(Local { encoder, pool, texts })
+                Ok(Local { encoder, folder: &folder, pool, texts })
             };
             rows::run(cx, &job, make)?
         }
     };
-    let mut all = Embedded { texts: Vec::with_capacity(texts.len()), vectors: Vec::new(), width: 0 };
-    let mut zeros = 0;
+    let mut all = Embedded {
+        texts: Vec::with_capacity(texts.len()),
+        failed: Vec::new(),
+        zero: Vec::new(),
+        vectors: Vec::new(),
+        width: 0,
+    };
     for (text, row) in rows.iter().enumerate() {
-        let Ok(bytes) = row else { continue };
+        let Ok(bytes) = row else {
+            all.failed.push(text);
+            continue;
+        };
         let (values, rest) = bytes.as_chunks::<4>();
         if all.width == 0 {
             all.width = values.len();
@@ -128,14 +143,11 @@ pub fn embed(
                 .help("a server may have changed its model; say which it is by `revision`"));
         }
         if values.iter().all(|bytes| f32::from_le_bytes(*bytes) == 0.0) {
-            zeros += 1;
+            all.zero.push(text);
             continue;
         }
         all.texts.push(text);
         all.vectors.extend(values.iter().map(|bytes| f32::from_le_bytes(*bytes)));
-    }
-    if zeros > 0 {
-        cx.warn(format!("the encoder's vectors of {zeros} texts are zero, and near to nothing"));
     }
     Ok(all)
 }
@@ -182,6 +194,7 @@ fn bytes(vector: &[f32]) -> Vec<u8> {
 /// A model folder on this machine.
 struct Local<'a> {
     encoder: &'a Encoder,
+    folder: &'a Path,
     pool: rayon::ThreadPool,
     texts: &'a [String],
 }
@@ -190,7 +203,8 @@ impl RowFunction for Local<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let texts: Vec<&str> = rows.iter().map(|row| self.texts[*row].as_str()).collect();
         let threads = self.pool.current_num_threads();
-        let vectors = self.pool.install(|| self.encoder.encode(&texts, threads))?;
+        let vectors =
+            self.pool.install(|| self.encoder.encode(&texts, threads)).map_err(|e| e.of_model(self.folder))?;
         Ok(rows.iter().zip(&vectors).map(|(row, vector)| (*row, Ok(bytes(vector)))).collect())
     }
 }

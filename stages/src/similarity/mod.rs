@@ -24,10 +24,12 @@ use crate::{
     threads,
 };
 
+mod alone;
 mod embed;
 pub mod text;
 pub mod tfidf;
 
+use alone::Alone;
 use tfidf::Tfidf;
 
 /// Where texts are cut, unless something else is said.
@@ -236,10 +238,11 @@ impl Stage for Similarity {
         let items = items::read(cx.input("items")?)?;
         let reference = params.compat.is_reference();
         let wanted = params.top_k + usize::from(reference);
-        let mut found = match &params.encoder {
-            Method::BuiltIn(tfidf) => threads::pool(cx)?.install(|| tfidf::top_k(&tfidf.encode(&items), wanted)),
+        let (mut found, why) = match &params.encoder {
+            Method::BuiltIn(tfidf) => by_tfidf(tfidf, cx, &items, wanted)?,
             Method::Model(model) => by_model(params, model, cx, &items, wanted)?,
         };
+        alone::tell(cx, &items, &found, &why, params.compat);
         if reference {
             for (own, row) in found.iter_mut().enumerate() {
                 fill_up(row, own, wanted.min(items.len() - 1), items.len());
@@ -247,13 +250,6 @@ impl Stage for Similarity {
                     row.remove(0);
                 }
             }
-        }
-        let alone = found.iter().filter(|row| row.is_empty()).count();
-        if alone > 0 {
-            cx.info(format!(
-                "{alone} of {} items have no neighbour: their text is missing or unlike any other",
-                items.len()
-            ));
         }
         let all: Vec<Neighbors> = items
             .iter()
@@ -280,6 +276,22 @@ fn texts(items: &[Item], model: &EmbeddingModel, compat: Compat) -> (Vec<String>
     texts.unzip()
 }
 
+/// The nearest items of each item, and why some have no vector that is near to any.
+type Found = (Vec<Vec<(u32, f32)>>, Vec<Option<Alone>>);
+
+/// The `wanted` nearest items of each, by their words.
+fn by_tfidf(tfidf: &Tfidf, cx: &StageContext, items: &[Item], wanted: usize) -> Result<Found, StageError> {
+    threads::pool(cx)?.install(|| {
+        let vectors = tfidf.encode(items);
+        let why = |(item, vector): (&Item, &Vec<_>)| match vector.is_empty() {
+            true if Tfidf::FIELDS.iter().all(|field| item.text(field).is_none()) => Some(Alone::NoText),
+            true => Some(Alone::NoWord),
+            false => None,
+        };
+        Ok((tfidf::top_k(&vectors, wanted), items.iter().zip(&vectors).map(why).collect()))
+    })
+}
+
 /// The `wanted` nearest items of each, by a model's vectors.
 fn by_model(
     params: &Params,
@@ -287,10 +299,14 @@ fn by_model(
     cx: &mut StageContext,
     items: &[Item],
     wanted: usize,
-) -> Result<Vec<Vec<(u32, f32)>>, StageError> {
+) -> Result<Found, StageError> {
     let (texts, places) = texts(items, model, params.compat);
+    let mut why = vec![Some(Alone::NoText); items.len()];
+    places.iter().for_each(|place| why[*place] = None);
     let names = places.iter().map(|place| items[*place].id.to_string()).collect();
     let embedded = embed::embed(cx, &model.in_compat(params.compat), &texts, names, params.max_failed_rows)?;
+    embedded.failed.iter().for_each(|text| why[places[*text]] = Some(Alone::NoAnswer));
+    embedded.zero.iter().for_each(|text| why[places[*text]] = Some(Alone::Zero));
     let place = Dtype::F32.on(cx.devices().first().copied().unwrap_or(Device::Cpu));
     let near = threads::pool(cx)?.install(|| nearest::top_k_on(place, &embedded.vectors, embedded.width, wanted))?;
     let place = |row: usize| places[embedded.texts[row]];
@@ -298,7 +314,7 @@ fn by_model(
     for (row, near) in near.into_iter().enumerate() {
         found[place(row)] = near.into_iter().map(|(other, score)| (place(other as usize) as u32, score)).collect();
     }
-    Ok(found)
+    Ok((found, why))
 }
 
 /// Adds items that share nothing, in catalogue order, until `row` has `wanted`.

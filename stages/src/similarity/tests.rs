@@ -27,7 +27,7 @@ fn fixed_keeps_the_nearest() {
     assert_eq!(ids(&lines[0]["neighbors"], "id"), ["b", "d"]);
     assert_eq!(lines[0]["neighbors"][0]["score"], 1.0);
     assert_eq!(lines[4]["neighbors"], json!([]));
-    assert!(ran.logs()[0].contains("1 of 5 items"));
+    assert_eq!(ran.logs(), ["1 of 5 items have no neighbours: they have no text (`e`)"]);
 }
 
 #[test]
@@ -219,7 +219,41 @@ fn a_vector_of_zeros_is_near_to_nothing() {
     let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
     let counts = |l: &Value| l["neighbors"].as_array().unwrap().len();
     assert_eq!(ran.lines("neighbors").iter().map(counts).collect::<Vec<_>>(), [2, 2, 0, 2, 0]);
-    assert!(ran.logs().iter().any(|line| line.contains("vectors of 1 texts are zero")), "{:?}", ran.logs());
+    let told = ["the encoder's vectors of them are zero (`c`)", "they have no text (`e`)"];
+    assert_eq!(ran.logs(), told.map(|why| format!("1 of 5 items have no neighbours: {why}")));
+}
+
+#[test]
+fn items_without_neighbours_are_told_by_the_reason() {
+    let items = r#"{"id":"a","title":"red soap bar"}
+{"id":"b","title":"red soap"}
+{"id":"c","title":"the of"}
+{"id":"d","description":"weather"}
+{"id":"e"}
+{"id":"f"}
+{"id":"g"}
+{"id":"h"}
+"#;
+    let ran = run("similarity", json!({"encoder": {"tfidf": {"min_df": 1}}}), &[("items", items)]).unwrap();
+    let why = [
+        "4 of 8 items have no neighbours: they have no text (`e`, `f`, `g`, …)",
+        "1 of 8 items have no neighbours: none of their words counts (stop words, too rare or too common) (`c`)",
+        "1 of 8 items have no neighbours: their texts are unlike any other (`d`)",
+    ];
+    assert_eq!(ran.logs(), why);
+    let with = json!({"encoder": {"tfidf": {"min_df": 1}}, "compat": "reference", "top_k": 1});
+    let ran = run("similarity", with, &[("items", items)]).unwrap();
+    assert!(ran.logs()[0].starts_with("4 of 8 items are near to none, and get any others: "), "{:?}", ran.logs());
+
+    let server = Server::start(|request| match texts_of(request).contains(&"Title: red soap") {
+        true => Reply::Status(400, "", json!({"error": {"message": "too red"}})),
+        false => Reply::Json(embeddings(request)),
+    });
+    let with = json!({"encoder": {"endpoint": server.url(), "model": "m"}, "max_failed_rows": 1});
+    let ran = run("similarity", with, &[("items", items)]).unwrap();
+    let told: Vec<&str> = ran.logs().into_iter().filter(|line| line.contains("have no neighbours")).collect();
+    let why = ["1 of 8 items have no neighbours: the encoder failed for them (`b`)", why[0]];
+    assert_eq!(told, why);
 }
 
 #[test]

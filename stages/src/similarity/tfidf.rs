@@ -48,6 +48,9 @@ impl BuiltIn for Tfidf {
 const SMALL_CATALOGUE: usize = 20;
 
 impl Tfidf {
+    /// The fields that make an item's text, the title first.
+    pub const FIELDS: [&str; 4] = ["title", "description", "categories", "brand"];
+
     pub fn check(&self) -> Vec<ParamIssue> {
         let mut issues = Vec::new();
         if self.title_weight == 0 {
@@ -95,7 +98,8 @@ impl Tfidf {
 
     fn count(&self, item: &Item) -> FxHashMap<String, u32> {
         let mut counts = FxHashMap::default();
-        for (field, weight) in [("title", self.title_weight), ("description", 1), ("categories", 1), ("brand", 1)] {
+        for (place, field) in Self::FIELDS.into_iter().enumerate() {
+            let weight = if place == 0 { self.title_weight } else { 1 };
             let Some(text) = item.text(field) else { continue };
             for term in terms(&text) {
                 if !is_stop_word(&term) {

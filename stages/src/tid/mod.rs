@@ -429,6 +429,8 @@ mod tests {
     fn bad_input_is_refused() {
         refuses(run("tid", json!({}), &[("items", ITEMS), ("neighbors", "{\"1\": [{")]), &["input-neighbors:1"]);
         refuses(run("tid", json!({}), &[("items", ITEMS), ("prompts", r#"{"tid": ""}"#)]), &["prompts", "tid"]);
+        let list = run("tid", json!({}), &[("items", ITEMS), ("prompts", "[]")]);
+        refuses(list, &["input-prompts: a list instead of an object of texts", "`tid_extraction`", "docs/data.md"]);
         refuses(run("tid", json!({}), &[("items", &ITEMS[..90])]), &["input-items:2"]);
         let with = json!({"extractor": {"model": "m", "max_attempts": 0, "collision_rounds": 0}, "neighbors": 5000});
         let issues = crate::kind("tid").unwrap().resolve_params(&with).unwrap_err();

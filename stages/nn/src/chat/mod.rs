@@ -11,7 +11,7 @@ use tokenizers::Tokenizer;
 use crate::{
     Error,
     generate::{Generator, greedy, memory},
-    qwen3::{Place, Qwen3},
+    qwen3::{Config, Place, Qwen3},
 };
 
 mod template;
@@ -63,17 +63,20 @@ impl ChatModel {
     ///
     /// # Errors
     /// A file is missing, damaged or contradicts another; the architecture is not known here; there is no chat
-    /// template, or the model is an encoder.
+    /// template, or none of use; the model is an encoder.
     pub fn load(folder: &Path) -> Result<Self, Error> {
-        Self::load_on(folder, Place::Cpu)
+        Self::load_on(folder, Place::Cpu, &Map::new())
     }
 
-    /// [`ChatModel::load`], to compute in `place`.
+    /// [`ChatModel::load`], to compute in `place`, for conversations with these `settings` of the template.
     ///
     /// # Errors
     /// As [`ChatModel::load`] and [`Qwen3::load_on`].
-    pub fn load_on(folder: &Path, place: Place) -> Result<Self, Error> {
+    pub fn load_on(folder: &Path, place: Place, settings: &Map<String, Value>) -> Result<Self, Error> {
+        // The architecture first: an encoder's folder would otherwise be blamed for want of a template.
+        Config::load(folder)?;
         let template = ChatTemplate::load(folder)?;
+        template.check(settings)?;
         let path = folder.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         let broken = |e: tokenizers::Error| {
@@ -103,28 +106,52 @@ impl ChatModel {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The likeliest answer to each conversation. Runs on the current rayon pool, which should have `threads`.
+    /// [`ChatModel::prompt`] where the model has positions for it and the answer.
     ///
     /// # Errors
-    /// As [`ChatModel::prompt`]; a conversation with its answer is longer than the model's positions.
+    /// As [`ChatModel::prompt`]; it has not; there is nothing to answer.
+    pub fn prompt_with_room(&self, conversation: &[Message], how: &Answering) -> Result<Vec<u32>, Error> {
+        let prompt = self.prompt(conversation, &how.template)?;
+        if prompt.is_empty() {
+            return Err(Error::argument("chat template and tokenizer make no tokens of the conversation"));
+        }
+        let (length, limit) = (prompt.len(), self.model.config().max_positions);
+        if length + how.max_new > limit {
+            return Err(Error::argument(format!(
+                "a prompt of {length} tokens and an answer of up to {} are more than the model's {limit} positions",
+                how.max_new
+            ))
+            .help("show fewer `neighbors`, shorten titles, or take a model with more positions"));
+        }
+        Ok(prompt)
+    }
+
+    /// The likeliest answer to each conversation, or why the model cannot take that one. Runs on the current rayon pool,
+    /// which should have `threads`.
+    ///
+    /// # Errors
+    /// What concerns them all: the model cannot compute, or computes what is no text.
     pub fn answer<C: AsRef<[Message]>>(
         &self,
         conversations: &[C],
         how: &Answering,
         threads: usize,
-    ) -> Result<Vec<Answer>, Error> {
-        let prompts: Vec<Vec<u32>> =
-            conversations.iter().map(|c| self.prompt(c.as_ref(), &how.template)).collect::<Result<_, _>>()?;
-        let limit = self.model.config().max_positions;
-        if let Some(long) = prompts.iter().find(|p| p.len() + how.max_new > limit) {
-            return Err(Error::argument(format!(
-                "a prompt of {} tokens and an answer of up to {} are more than the model's {limit} positions",
-                long.len(),
-                how.max_new
-            ))
-            .help("show fewer neighbours"));
-        }
-        let shared = shared_beginning(&prompts);
+    ) -> Result<Vec<Result<Answer, Error>>, Error> {
+        let mut prompts = Vec::with_capacity(conversations.len());
+        let taken: Vec<Result<(), Error>> = conversations
+            .iter()
+            .map(|conversation| self.prompt_with_room(conversation.as_ref(), how).map(|prompt| prompts.push(prompt)))
+            .collect();
+        let mut answers = self.answers_to(&prompts, how, threads)?.into_iter();
+        let results = taken.into_iter().filter_map(|taken| match taken {
+            Ok(()) => answers.next().map(Ok),
+            Err(refused) => Some(Err(refused)),
+        });
+        Ok(results.collect())
+    }
+
+    fn answers_to(&self, prompts: &[Vec<u32>], how: &Answering, threads: usize) -> Result<Vec<Answer>, Error> {
+        let shared = shared_beginning(prompts);
         let rest: Vec<&[u32]> = prompts.iter().map(|p| &p[shared..]).collect();
         let mut generator = Generator::new(&self.model, threads);
         if let Some(bytes) = how.memory.filter(|_| !self.model.is_on_device()) {
@@ -141,7 +168,7 @@ impl ChatModel {
         let written = greedy(&generator, &rest, how.max_new, ended)?;
         written
             .iter()
-            .zip(&prompts)
+            .zip(prompts)
             .map(|(tokens, prompt)| {
                 let text = self.tokenizer.decode(tokens, true);
                 let text = text.map_err(|e| Error::argument(format!("the tokenizer cannot write an answer: {e}")))?;
@@ -198,10 +225,25 @@ mod tests {
         let mut chat = ChatModel::load(&folder).unwrap();
         let how = Answering { max_new: 4, ..Answering::default() };
         chat.ends = Vec::new();
-        let cut = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0);
+        let cut = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0).unwrap();
         assert!(cut.cut && cut.answer_tokens == 4, "{cut:?}");
         chat.ends = (0..chat.model.config().vocab_size as u32).collect();
-        let whole = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0);
+        let whole = chat.answer(&[[Message::user("Soap")]], &how, 1).unwrap().remove(0).unwrap();
         assert!(!whole.cut && whole.answer_tokens == 1, "{whole:?}");
+    }
+
+    #[test]
+    fn a_conversation_that_is_too_long_is_refused_alone() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/encoders/qwen3");
+        let chat = ChatModel::load(&folder).unwrap();
+        let how = Answering { max_new: 4, ..Answering::default() };
+        let [soap, long, towel] = ["Soap".to_owned(), "soap ".repeat(400), "Towel".to_owned()].map(Message::user);
+        let together = chat.answer(&[[soap.clone()], [long], [towel.clone()]], &how, 1).unwrap();
+        let refused = together[1].as_ref().unwrap_err();
+        assert!(refused.to_string().ends_with("are more than the model's 256 positions"), "{refused}");
+        for (which, message) in [(0, soap), (2, towel)] {
+            let alone = chat.answer(&[[message]], &how, 1).unwrap().remove(0).unwrap();
+            assert_eq!(together[which].as_ref().unwrap(), &alone);
+        }
     }
 }

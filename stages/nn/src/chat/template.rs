@@ -4,7 +4,11 @@
 //! Python's methods of strings, and the marks `generation` … `endgeneration`. `strftime_now` is left out here, so that
 //! a prompt does not depend on the day: templates that know it have a date to fall back to.
 
-use std::{fs, io::ErrorKind, path::Path};
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 use minijinja::{Environment, ErrorKind as Kind, Value, value::Kwargs};
 use serde::Serialize;
@@ -40,12 +44,16 @@ impl Message {
 
 /// A chat template, ready to render.
 pub struct ChatTemplate {
+    /// The file that it stands in.
+    file: PathBuf,
     environment: Environment<'static>,
     /// `bos_token`, `eos_token` and the like.
     special: Map<String, Json>,
 }
 
 const NAME: &str = "chat_template";
+/// What [`ChatTemplate::check`] lets a user say.
+const PROBE: &str = "question";
 
 /// Special tokens that templates name.
 const SPECIAL: [&str; 7] =
@@ -63,19 +71,23 @@ impl ChatTemplate {
                 .map_err(|e| Error::model(&path, format!("not a tokenizer's settings: {e}")).help("copy it again"))?,
             None => Map::new(),
         };
-        let text = match read(&folder.join("chat_template.jinja"))? {
-            Some(text) => text,
-            None => config.get("chat_template").and_then(named_default).ok_or_else(|| {
-                Error::model(folder, "has no chat template").help(
-                    "a base model has none; take the instruction-tuned one, or put a `chat_template.jinja` into the folder",
-                )
-            })?,
+        let own = folder.join("chat_template.jinja");
+        let (file, text) = match read(&own)? {
+            Some(text) => (own, text),
+            None => (
+                path,
+                config.get("chat_template").and_then(named_default).ok_or_else(|| {
+                    Error::model(folder, "has no chat template").help(
+                        "a base model has none; take the instruction-tuned one, or put a `chat_template.jinja` into the folder",
+                    )
+                })?,
+            ),
         };
         let special = SPECIAL.iter().filter_map(|name| Some(((*name).to_owned(), content(config.get(*name)?)?)));
-        Self::new(&text, special.collect()).map_err(|message| Error::model(folder, message))
+        Self::new(file, &text, special.collect())
     }
 
-    fn new(text: &str, special: Map<String, Json>) -> Result<Self, String> {
+    fn new(file: PathBuf, text: &str, special: Map<String, Json>) -> Result<Self, Error> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
@@ -86,8 +98,24 @@ impl ChatTemplate {
         environment.add_filter("tojson", to_json);
         environment
             .add_template_owned(NAME, without_generation_marks(text))
-            .map_err(|e| format!("its chat template is not one: {e}"))?;
-        Ok(Self { environment, special })
+            .map_err(|e| Error::model(&file, format!("its chat template is not one: {e}")).help(MEND))?;
+        Ok(Self { file, environment, special })
+    }
+
+    /// Whether it takes a conversation that begins as all do here: with a user's turn, and no system prompt.
+    ///
+    /// # Errors
+    /// It refuses that, or leaves out what the user says: whatever the conversations, there would be no answers.
+    pub fn check(&self, settings: &Map<String, Json>) -> Result<(), Error> {
+        let wrong = |message: String| Error::model(&self.file, message).help(MEND);
+        let text = self
+            .rendered(&[Message::user(PROBE)], settings)
+            .map_err(|e| wrong(format!("the chat template refuses every conversation: {e}")))?;
+        match text.to_lowercase().contains(PROBE) {
+            true => Ok(()),
+            false if text.trim().is_empty() => Err(wrong("the chat template renders nothing".to_owned())),
+            false => Err(wrong("the chat template leaves out what the user says".to_owned())),
+        }
     }
 
     /// The text of a conversation, up to where the assistant's next turn begins. `settings` are further variables,
@@ -96,16 +124,21 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses the conversation.
     pub fn render(&self, messages: &[Message], settings: &Map<String, Json>) -> Result<String, Error> {
+        self.rendered(messages, settings)
+            .map_err(|e| Error::argument(format!("the chat template refuses the conversation: {e}")))
+    }
+
+    fn rendered(&self, messages: &[Message], settings: &Map<String, Json>) -> Result<String, minijinja::Error> {
         let mut context = self.special.clone();
         context.extend(settings.clone());
         context.insert("messages".into(), serde_json::to_value(messages).unwrap_or_default());
         context.insert("add_generation_prompt".into(), Json::Bool(true));
-        let template = self.environment.get_template(NAME);
-        template
-            .and_then(|template| template.render(Value::from_serialize(&context)))
-            .map_err(|e| Error::argument(format!("the chat template refuses the conversation: {e}")))
+        self.environment.get_template(NAME)?.render(Value::from_serialize(&context))
     }
 }
+
+const MEND: &str = "conversations begin with the user's turn and have no system prompt: mend the template in a copy of the \
+                    folder, or take another model";
 
 fn read(path: &Path) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {
@@ -205,10 +238,14 @@ mod tests {
         ]
     }
 
+    fn template_of(text: &str, special: Map<String, Json>) -> Result<ChatTemplate, Error> {
+        ChatTemplate::new("chat_template.jinja".into(), text, special)
+    }
+
     fn rendered(template: &str, settings: Json) -> String {
         let Json::Object(settings) = settings else { panic!() };
         let special = Map::from_iter([("bos_token".to_owned(), json!("<s>"))]);
-        ChatTemplate::new(template, special).unwrap().render(&messages(), &settings).unwrap()
+        template_of(template, special).unwrap().render(&messages(), &settings).unwrap()
     }
 
     /// What published templates are made of. The text that follows is what transformers 5.23 makes of it
@@ -256,10 +293,29 @@ mod tests {
 
     #[test]
     fn a_refusal_and_a_broken_template_are_told() {
-        let error = ChatTemplate::new("{{ raise_exception('only one system message') }}", Map::new()).unwrap();
+        let error = template_of("{{ raise_exception('only one system message') }}", Map::new()).unwrap();
         let error = error.render(&messages(), &Map::new()).unwrap_err().to_string();
         assert!(error.contains("only one system message"), "{error}");
-        assert!(ChatTemplate::new("{% if %}", Map::new()).err().unwrap().contains("is not one"));
+        let broken = template_of("{% if %}", Map::new()).err().unwrap().to_string();
+        assert!(broken.starts_with("chat_template.jinja: its chat template is not one: "), "{broken}");
+    }
+
+    #[test]
+    fn a_template_that_no_conversation_suits_is_told_from_one_that_refuses_some() {
+        let check = |text: &str| template_of(text, Map::new()).unwrap().check(&Map::new());
+        let wrong = |text: &str| check(text).unwrap_err().to_string();
+        let needs_system =
+            "{% if messages[0].role != 'system' %}{{ raise_exception('a system prompt, please') }}{% endif %}";
+        let error = wrong(needs_system);
+        assert!(error.starts_with("chat_template.jinja: the chat template refuses every conversation: "), "{error}");
+        assert!(error.contains("a system prompt, please"), "{error}");
+        assert!(wrong(" \n{% if false %}x{% endif %}").ends_with("renders nothing"));
+        assert!(
+            wrong("{% for part in messages[0].parts %}{{ part }}{% endfor %}user:").ends_with("what the user says")
+        );
+        assert!(matches!(check(needs_system), Err(Error::Model { help: Some(_), .. })));
+        let at_odds = "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}";
+        check(at_odds).unwrap();
     }
 
     #[test]

@@ -128,6 +128,10 @@ impl Config {
         let raw: Result<Raw, _> = serde_json::from_value(value);
         let architecture = raw.as_ref().ok().and_then(|r| r.architectures.as_ref()?.first().cloned());
         if let Some(named) = kind.as_deref().filter(|k| *k != "qwen3") {
+            if ENCODERS.contains(&named) {
+                let help = format!("an encoder is for `similarity`; {ONLY_QWEN3}");
+                return Err(Problem::new(format!("`{named}` is an encoder, and writes no text"), help));
+            }
             return Err(Problem::new(format!("unknown architecture `{named}`"), ONLY_QWEN3));
         }
         let raw = raw.map_err(|e| Problem::new(format!("not a Qwen3 configuration: {e}"), ONLY_QWEN3))?;
@@ -281,8 +285,22 @@ struct Generation {
     eos_token_id: Option<TokenIds>,
 }
 
-const ONLY_QWEN3: &str =
-    "this engine runs Qwen3 (`model_type: qwen3`, `Qwen3ForCausalLM`): a folder with its config.json";
+/// What else people have in such folders: `model_type` of networks that embed, and write nothing.
+const ENCODERS: [&str; 10] = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "distilbert",
+    "mpnet",
+    "modernbert",
+    "nomic_bert",
+    "deberta-v2",
+    "electra",
+];
+
+const ONLY_QWEN3: &str = "the models that write here are Qwen3s (`model_type: qwen3`, `Qwen3ForCausalLM`): a folder with its \
+                          config.json; a stage with an `endpoint` can ask any that a server runs";
 
 struct Problem {
     message: String,
@@ -404,6 +422,7 @@ mod tests {
     #[test]
     fn what_is_not_computed_here_is_refused() {
         assert_eq!(problem(|v| v["model_type"] = json!("llama")), "unknown architecture `llama`");
+        assert_eq!(problem(|v| v["model_type"] = json!("bert")), "`bert` is an encoder, and writes no text");
         assert_eq!(problem(|v| v["architectures"] = json!(["GPT2"])), "unknown architecture `GPT2`");
         let scaled = problem(|v| v["rope_scaling"] = json!({"type": "yarn", "factor": 4.0}));
         assert_eq!(scaled, "rotary scaling of type `yarn` is not supported");

@@ -77,7 +77,7 @@ impl Qwen3 {
     /// Loads a model folder to compute in `place`.
     ///
     /// # Errors
-    /// As [`Qwen3::load`]; there is no such device, or its memory is too small.
+    /// As [`Qwen3::load`]; the weights have no output head; there is no such device, or its memory is too small.
     pub fn load_on(folder: &Path, place: Place) -> Result<Self, Error> {
         Self::open(folder, place, true)
     }
@@ -93,6 +93,13 @@ impl Qwen3 {
     fn open(folder: &Path, place: Place, with_head: bool) -> Result<Self, Error> {
         let config = Config::load(folder)?;
         let weights = Weights::open(folder, &config)?;
+        if with_head && !weights.has_head(&config) {
+            return Err(Error::model(
+                folder,
+                "the weights have no output head (`lm_head.weight`), and can write nothing",
+            )
+            .help("an encoder is for `similarity`; take a language model's folder here"));
+        }
         let network = match place.device()? {
             None => Network::Packed(Box::new(Packed::load(config.clone(), &weights, with_head)?)),
             Some((device, dtype)) => {

@@ -4,20 +4,25 @@
 //! conversation, and so another row: how often may be asked is in no key, and more attempts go on from the answers
 //! that there are.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+};
 
 use grlm_nn::{
-    chat::{Answering, ChatModel, Message},
+    chat::{Answer, Answering, ChatModel, Message},
     generate::PROMPTS_ON_DEVICE,
 };
 use serde_json::{Map, Value, json};
 
 use super::{
+    super::Found,
     LanguageModel,
     dialogue::{Dialogue, Record, Reply},
 };
 use crate::{
     Compat, StageContext, StageError,
+    artifact::ItemId,
     compute::{CPU, PerDevice},
     endpoint::{CallError, Endpoint},
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
@@ -34,6 +39,8 @@ const PIECE: usize = 32;
 const STOP: char = ']';
 /// The field by which servers take settings of the chat template.
 const TEMPLATE_SETTINGS: &str = "chat_template_kwargs";
+/// Characters of an answer that an error shows.
+const SHOWN: usize = 100;
 /// So many first answers without a word are no accident.
 const MANY: u64 = 16;
 
@@ -61,13 +68,19 @@ pub struct Tally {
 }
 
 /// One question to each of some conversations.
+#[derive(Clone, Copy)]
 struct Round {
-    /// What is asked about.
-    unit: &'static str,
+    /// It is the first one, of items; others go on from answers that there are.
+    first: bool,
     /// How many may be left without an answer.
     may_fail: usize,
     /// A model that says nothing to any of them is of no use.
     must_speak: bool,
+}
+
+impl Round {
+    /// A question about answers, which stay where it has none.
+    const FURTHER: Self = Self { first: false, may_fail: usize::MAX, must_speak: false };
 }
 
 enum Place {
@@ -141,12 +154,7 @@ impl<'a> Asker<'a> {
         prompts: &[Vec<Message>],
     ) -> Result<Vec<Result<Record, String>>, StageError> {
         let reference = self.compat.is_reference();
-        self.converse(
-            cx,
-            names,
-            prompts,
-            Round { unit: "item", may_fail: self.max_failed_rows, must_speak: !reference },
-        )
+        self.converse(cx, names, prompts, Round { first: true, may_fail: self.max_failed_rows, must_speak: !reference })
     }
 
     /// The same for questions about items that have an answer already, and keep it where there is no other.
@@ -159,7 +167,25 @@ impl<'a> Asker<'a> {
         names: &[String],
         questions: &[Vec<Message>],
     ) -> Result<Vec<Result<Record, String>>, StageError> {
-        self.converse(cx, names, questions, Round { unit: "question", may_fail: usize::MAX, must_speak: false })
+        self.converse(cx, names, questions, Round::FURTHER)
+    }
+
+    /// What to say of a model that had five words for none of `asked` items; `one` of them says why.
+    pub fn in_vain(&self, asked: usize, one: &ItemId, why: &Found) -> Option<String> {
+        // The published script takes what it gets.
+        if self.compat.is_reference() {
+            return None;
+        }
+        let (model, reason) = (&self.model.model, why.problem.as_deref().unwrap_or_default());
+        let mut message = format!("`{model}` has five words for none of {asked} items; item `{one}`: {reason}");
+        if !why.output.is_empty() {
+            message.push_str(&format!("; its answer: {}", shortened(&why.output)));
+        }
+        message.push_str(&format!(
+            "; `grlm rows show {NAMESPACE}` lists its answers: it may need more `max_new_tokens` or another \
+             `tid_extraction` text (input `prompts`), or be too small"
+        ));
+        Some(message)
     }
 
     /// What was asked until now.
@@ -196,7 +222,7 @@ impl<'a> Asker<'a> {
                 }
             }
             open = going;
-            round = Round { unit: "question", may_fail: usize::MAX, must_speak: false };
+            round = Round::FURTHER;
         }
         let records = dialogues.into_iter().map(Dialogue::into_record);
         Ok(records.zip(failures).map(|(record, failure)| failure.map_or(Ok(record), Err)).collect())
@@ -211,7 +237,9 @@ impl<'a> Asker<'a> {
         round: &Round,
     ) -> Result<Vec<Result<Reply, String>>, StageError> {
         let mut job = self.job(conversations).names(names).max_failed_rows(round.may_fail);
-        round.unit.clone_into(&mut job.unit);
+        if !round.first {
+            "question".clone_into(&mut job.unit);
+        }
         let (model, compat) = (self.model, self.compat);
         let (tally, must_speak, name) = (&self.tally, round.must_speak, model.model.as_str());
         let rows = match &mut self.place {
@@ -222,7 +250,8 @@ impl<'a> Asker<'a> {
                 });
                 let takes_settings = &self.takes_settings;
                 let before = takes_settings.get().copied();
-                let rows = rows::run(cx, &job, |_: RowDevice| {
+                let rows = rows::run(cx, &job, |device: RowDevice| {
+                    endpoint.tell_by(&device.notes);
                     let function = Served { endpoint, model, compat, conversations, takes_settings };
                     Ok(Counted { function, tally, must_speak, name, endpoint: Some(endpoint) })
                 });
@@ -232,7 +261,7 @@ impl<'a> Asker<'a> {
                 if let Some(report) = endpoint.report() {
                     cx.info(report);
                 }
-                let rows = rows?;
+                let rows = endpoint.explain(rows)?;
                 if must_speak && rows.known() > 0 {
                     cx.info(format!(
                         "{} answers of `{name}` were asked for earlier, of this server or another; if it is another model \
@@ -249,12 +278,15 @@ impl<'a> Asker<'a> {
                 rows::run(cx, &job, |device: RowDevice| {
                     let pool = device.pool()?;
                     let place = model.dtype.on(device.device);
-                    let load = || pool.install(|| ChatModel::load_on(folder, place));
-                    let chat = loaded.get(device.device, load)?;
                     let mut how = answering(model, compat);
+                    let load = || pool.install(|| ChatModel::load_on(folder, place, &how.template));
+                    let chat = loaded.get(device.device, load)?;
+                    if round.first {
+                        check_some_fit(chat, folder, &how, conversations)?;
+                    }
                     // Half of what is free once the weights are there.
                     how.memory = device.free_memory().map(|bytes| bytes as usize / 2);
-                    let function = Local { chat, pool, how, conversations };
+                    let function = Local { chat, folder, pool, how, conversations };
                     Ok(Counted { function, tally, must_speak, name, endpoint: None })
                 })?
             }
@@ -273,6 +305,46 @@ impl<'a> Asker<'a> {
             }
         }
         Ok(replies)
+    }
+}
+
+/// A prompt that the model cannot take is its item's failure; that it can take none is the model's, or the settings'.
+///
+/// # Errors
+/// It can take none.
+fn check_some_fit(
+    chat: &ChatModel,
+    folder: &Path,
+    how: &Answering,
+    conversations: &[&[Message]],
+) -> Result<(), StageError> {
+    let length = |conversation: &&[Message]| conversation.iter().map(|m| m.content.len()).sum::<usize>();
+    let mut by_length = conversations.to_vec();
+    by_length.sort_by_key(length);
+    // As a rule the first fits, and the others are not looked at.
+    let mut refused = None;
+    for conversation in by_length {
+        match chat.prompt_with_room(conversation, how) {
+            Ok(_) => return Ok(()),
+            Err(error) => refused.get_or_insert(error),
+        };
+    }
+    let Some(error) = refused else { return Ok(()) };
+    let which = match conversations.len() {
+        1 => "the model cannot take the only prompt".to_owned(),
+        all => format!("the model can take none of {all} prompts, not even the shortest"),
+    };
+    Err(StageError::input(folder, format!("{which}: {error}")).help(
+        "take a model with more positions, show fewer `neighbors`, or give a shorter `tid_extraction` text (input `prompts`)",
+    ))
+}
+
+/// The beginning of an answer, on one line.
+fn shortened(answer: &str) -> String {
+    let line = answer.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("`{}…`", &line[..end]),
+        None => format!("`{line}`"),
     }
 }
 
@@ -354,6 +426,7 @@ impl<F: RowFunction> RowFunction for Counted<'_, F> {
 /// A model on this machine.
 struct Local<'a> {
     chat: &'a ChatModel,
+    folder: &'a Path,
     pool: rayon::ThreadPool,
     how: Answering,
     conversations: &'a [&'a [Message]],
@@ -362,36 +435,26 @@ struct Local<'a> {
 impl RowFunction for Local<'_> {
     fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
         let conversations: Vec<&[Message]> = rows.iter().map(|row| self.conversations[*row]).collect();
-        let results = self.replies(&conversations)?.into_iter().map(|reply| reply.and_then(bytes));
-        Ok(rows.iter().copied().zip(results).collect())
+        let threads = self.pool.current_num_threads();
+        let answers = self.pool.install(|| self.chat.answer(&conversations, &self.how, threads));
+        let answers = answers.map_err(|error| error.of_model(self.folder))?;
+        Ok(rows.iter().copied().zip(answers.into_iter().map(said)).collect())
     }
 }
 
-impl Local<'_> {
-    /// The model's next turn in each conversation. One that it cannot take (too long) does not hold up the others.
-    fn replies(&self, conversations: &[&[Message]]) -> Result<Vec<Result<Reply, RowFailure>>, StageError> {
-        let threads = self.pool.current_num_threads();
-        match self.pool.install(|| self.chat.answer(conversations, &self.how, threads)) {
-            Ok(answers) => Ok(answers
-                .into_iter()
-                .map(|answer| {
-                    Ok(Reply {
-                        text: answer.text,
-                        cut: answer.cut,
-                        prompt_tokens: answer.prompt_tokens as u64,
-                        answer_tokens: answer.answer_tokens as u64,
-                    })
-                })
-                .collect()),
-            Err(grlm_nn::Error::Argument { message, .. }) if conversations.len() == 1 => {
-                Ok(vec![Err(RowFailure::new(message))])
-            }
-            Err(grlm_nn::Error::Argument { .. }) => {
-                let alone = conversations.iter().map(|one| self.replies(std::slice::from_ref(one)));
-                alone.collect::<Result<Vec<_>, _>>().map(|all| all.into_iter().flatten().collect())
-            }
-            Err(error) => Err(error.into()),
+/// The model's next turn in a conversation. One that it cannot take (too long) does not hold up the others.
+fn said(answer: Result<Answer, grlm_nn::Error>) -> RowResult {
+    match answer {
+        Ok(answer) => bytes(Reply {
+            text: answer.text,
+            cut: answer.cut,
+            prompt_tokens: answer.prompt_tokens as u64,
+            answer_tokens: answer.answer_tokens as u64,
+        }),
+        Err(grlm_nn::Error::Argument { message, help: Some(help) }) => {
+            Err(RowFailure::new(format!("{message}: {help}")))
         }
+        Err(error) => Err(RowFailure::new(error.to_string())),
     }
 }
 

@@ -76,7 +76,7 @@ impl Dialogue {
             Ok(_) => true,
             Err(unusable) => {
                 self.messages.push(Message::assistant(parse::without_thoughts(&self.record.answer)));
-                self.messages.push(Message::user(complaint(&unusable)));
+                self.messages.push(Message::user(complaint(&unusable, self.record.cut)));
                 false
             }
         }
@@ -92,8 +92,8 @@ impl Dialogue {
     }
 }
 
-/// What was wrong with an answer.
-fn complaint(unusable: &Unusable) -> String {
+/// What was wrong with an answer, which may have been `cut` off at its greatest length.
+fn complaint(unusable: &Unusable, cut: bool) -> String {
     let problem = match unusable {
         Unusable::Repeated { word, .. } => format!("the word `{word}` twice. Use {TID_LENGTH} different words"),
         Unusable::TooFew(words) => match words.as_slice() {
@@ -102,7 +102,10 @@ fn complaint(unusable: &Unusable) -> String {
             several => format!("{} words (`{}`) instead of {TID_LENGTH}", several.len(), several.join("`, `")),
         },
     };
-    format!("That answer holds {problem}. {FORM}")
+    match cut {
+        false => format!("That answer holds {problem}. {FORM}"),
+        true => format!("That answer was too long and was cut off: what there is of it holds {problem}. {FORM}"),
+    }
 }
 
 #[cfg(test)]
@@ -140,7 +143,8 @@ mod tests {
         );
         let mut talk = dialogue(Compat::Fixed);
         assert!(!talk.take(Reply { cut: true, ..reply("[steel, bolt, fastener, zinc, pl") }));
-        assert!(talk.messages()[2].content.starts_with("That answer holds 4 words"));
+        let cut = "That answer was too long and was cut off: what there is of it holds 4 words (`steel`, ";
+        assert!(talk.messages()[2].content.starts_with(cut), "{}", talk.messages()[2].content);
     }
 
     #[test]
@@ -150,7 +154,7 @@ mod tests {
         assert_eq!((talk.messages().len(), talk.into_record().answer.as_str()), (5, "[a]"));
         let mut talk = dialogue(Compat::Reference);
         assert!(talk.take(reply("")));
-        let begins = |unusable: Unusable| complaint(&unusable).split('.').next().unwrap().to_owned();
+        let begins = |unusable: Unusable| complaint(&unusable, false).split('.').next().unwrap().to_owned();
         assert_eq!(begins(Unusable::TooFew(Vec::new())), "That answer holds no words instead of 5");
         assert_eq!(begins(Unusable::TooFew(vec!["a".into()])), "That answer holds one word (`a`) instead of 5");
     }

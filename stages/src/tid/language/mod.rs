@@ -209,6 +209,12 @@ pub fn extract(
             Err(failure) => Found { words: Vec::new(), output: String::new(), problem: Some(failure) },
         };
     }
+    if let Some(first) = places.first()
+        && places.iter().all(|place| found[*place].problem.is_some())
+        && let Some(warning) = asker.in_vain(places.len(), &catalogue.items[*first].id, &found[*first])
+    {
+        cx.warn(warning);
+    }
     Ok((found, spent))
 }
 
@@ -252,16 +258,18 @@ pub fn distinguish(
 /// The words of an answer.
 fn read(record: &Record, compat: Compat) -> Found {
     let answer = record.answer.as_str();
+    let cut = if record.cut { ", which `max_new_tokens` cut off" } else { "" };
     if compat.is_reference() {
         let words = parse::reference(answer);
-        let problem = (words.is_empty() || words.iter().any(String::is_empty)).then(|| "blank words".to_owned());
+        let problem =
+            (words.is_empty() || words.iter().any(String::is_empty)).then(|| format!("blank words in the answer{cut}"));
         return Found { words, output: parse::reference_output(answer).to_owned(), problem };
     }
     let output = answer.trim().to_owned();
     match parse::fixed(answer, record.cut) {
         Ok(words) => Found { words: words.to_vec(), output, problem: None },
         Err(unusable) => {
-            let problem = format!("{unusable}, asked {} times", record.attempts);
+            let problem = format!("{unusable}{cut}, asked {} times", record.attempts);
             Found { words: unusable.into_words(), output, problem: Some(problem) }
         }
     }

@@ -250,7 +250,7 @@ fn a_repeated_question_that_cannot_be_asked_leaves_the_first_answer() {
     assert_eq!(invalid[0]["reason"], "2 of 5 words in the answer, asked 1 times");
     let spent = json!({"answers": 2, "asked_again": 0, "prompt_tokens": 14, "answer_tokens": 10});
     assert_eq!(ran.json("statistics")["extraction"], spent);
-    assert!(ran.logs().iter().any(|line| line.contains("2 of 2 questions failed; question `0`: ")));
+    assert!(ran.logs().iter().any(|line| line.contains("2 of 2 questions failed; questions `0`, `1`: ")));
     // What ends all questions ends the stage.
     let error = Bench::new().input("items", items(2)).run("tid", with(&failing(401).url())).unwrap_err();
     assert!(error.to_string().contains("status 401"), "{error}");
@@ -312,6 +312,46 @@ fn a_cut_answer_is_asked_again() {
     });
     let ran = run(&Bench::new().input("items", items(1)), with(&server.url()));
     assert_eq!(tid(&ran, 0), "steel hexagonal bolt fastener zinc");
+    let seen = server.seen();
+    let asked = seen[1].body["messages"][2]["content"].as_str().unwrap();
+    assert!(
+        asked.starts_with("That answer was too long and was cut off: what there is of it holds 4 words"),
+        "{asked}"
+    );
+}
+
+#[test]
+fn an_answer_that_is_always_cut_is_told_as_that() {
+    let server = Server::start(|_| {
+        let mut cut = completion("[steel, bolt");
+        cut["choices"][0]["finish_reason"] = json!("length");
+        Reply::Json(cut)
+    });
+    let mut with = with(&server.url());
+    let bench = Bench::new().input("items", items(1));
+    let reason = |with: &Value| run(&bench, with.clone()).lines("invalid")[0]["reason"].clone();
+    assert_eq!(reason(&with), "1 of 5 words in the answer, which `max_new_tokens` cut off, asked 3 times");
+    with["compat"] = json!("reference");
+    assert_eq!(reason(&with), "blank words in the answer, which `max_new_tokens` cut off");
+}
+
+#[test]
+fn a_model_without_five_words_for_any_item_is_told_as_that() {
+    let server = Server::start(|_| Reply::Json(completion("I cannot\nsay.")));
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", items(3)).memo(&memo);
+    let ran = run(&bench, with(&server.url()));
+    let said = "`m` has five words for none of 3 items; item `0`: 2 of 5 words in the answer, asked 3 times; its answer: \
+                `I cannot say.`; `grlm rows show tid-answer` lists its answers: it may need more `max_new_tokens`";
+    assert!(ran.logs().iter().any(|line| line.contains(said)), "{:?}", ran.logs());
+    assert_eq!((ran.lines("invalid").len(), memo.len(SPACE), server.seen().len()), (3, 9, 9));
+    let mut reference = with(&server.url());
+    reference["compat"] = json!("reference");
+    assert!(!run(&bench, reference).logs().iter().any(|line| line.contains("five words for none")));
+    // What the user gave is not the model's.
+    let given = Bench::new().input("items", items(2)).input("overrides", r#"{"1": "a, b, c, d, e"}"#);
+    let ran = run(&given, with(&server.url()));
+    assert!(ran.logs().iter().any(|line| line.contains("five words for none of 1 items")), "{:?}", ran.logs());
 }
 
 #[test]
@@ -360,7 +400,7 @@ fn a_refused_question_about_a_collision_leaves_the_shared_tid() {
     let ran = run(&Bench::new().input("items", items(3)), with(&server.url()));
     assert!((0..3).all(|line| tid(&ran, line) == "soap bar mild olive green"));
     assert_eq!(ran.json("statistics")["summary"]["collision_rate"], 2.0 / 3.0);
-    for words in ["2 of 2 questions failed; question `1`: ", "2 items share their TID with another"] {
+    for words in ["2 of 2 questions failed; questions `1`, `2`: ", "2 items share their TID with another"] {
         assert!(ran.logs().iter().any(|line| line.contains(words)), "{words}: {:?}", ran.logs());
     }
     // A server that answers nobody is another matter.

@@ -1,24 +1,100 @@
 //! A tiny random model of our own.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Value, json};
 
-use super::SPACE;
-use crate::{rows::MemoryMemo, testing::Bench};
+use super::{SPACE, items};
+use crate::{
+    Failure,
+    rows::MemoryMemo,
+    testing::{Bench, refuses},
+};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("nn/tests/fixtures/encoders").join(name)
+}
 
 /// The tiny random Qwen3 that serves as encoder and, having a chat template, as extractor; with room for real prompts.
 fn tiny_model(folder: &Path) -> PathBuf {
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("nn/tests/fixtures/encoders/qwen3");
-    for entry in std::fs::read_dir(from).unwrap() {
+    for entry in fs::read_dir(fixture("qwen3")).unwrap() {
         let path = entry.unwrap().path();
-        std::fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+        fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
     }
-    let config = folder.join("config.json");
-    let mut value: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-    value["max_position_embeddings"] = json!(4096);
-    std::fs::write(config, value.to_string()).unwrap();
+    configure(folder, "max_position_embeddings", json!(4096));
     folder.to_owned()
+}
+
+fn configure(folder: &Path, name: &str, value: Value) {
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config[name] = value;
+    fs::write(path, config.to_string()).unwrap();
+}
+
+fn asking(model: &Path) -> Value {
+    json!({"extractor": {"model": model, "max_new_tokens": 6, "max_attempts": 1}, "max_failed_rows": 100})
+}
+
+/// However many items may fail: it is no item's failure.
+#[test]
+fn a_fault_of_the_model_is_one_error_that_names_its_file() {
+    let bench = Bench::new().input("items", items(3));
+    let refused = |model: &Path, words: &[&str]| refuses(bench.run("tid", asking(model)), words);
+    refused(&fixture("bert"), &["bert/config.json: `bert` is an encoder, and writes no text", "`similarity`"]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let template = |text: &str| fs::write(model.join("chat_template.jinja"), text).unwrap();
+    template("{{ raise_exception('where is the system prompt') if messages[0].role != 'system' }}");
+    let why = "chat_template.jinja: the chat template refuses every conversation: ";
+    refused(&model, &[why, "where is the system prompt", "mend the template"]);
+    template("{% if messages|length > 9 %}much{% endif %}");
+    refused(&model, &["chat_template.jinja: the chat template renders nothing", "mend the template"]);
+    template("{{ messages[0].content }}");
+    configure(&model, "tie_word_embeddings", json!(false));
+    refused(&model, &["the weights have no output head (`lm_head.weight`)", "`similarity`"]);
+}
+
+#[test]
+fn a_prompt_that_is_too_long_is_its_items_failure_and_that_all_are_is_the_stages() {
+    // Its 256 positions have room for none.
+    let none = Bench::new().input("items", items(3)).run("tid", asking(&fixture("qwen3")));
+    let why = "the model can take none of 3 prompts, not even the shortest: a prompt of ";
+    refuses(none, &["qwen3: ", why, "more than the model's 256 positions", "fewer `neighbors`", "`tid_extraction`"]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let long = json!({"id": "long", "title": "soap ".repeat(5000)});
+    let memo = MemoryMemo::default();
+    let bench = Bench::new().input("items", items(3) + &long.to_string()).memo(&memo);
+    let mut with = asking(&model);
+    with["max_failed_rows"] = json!(0);
+    let error = bench.run("tid", with).unwrap_err();
+    assert_eq!(error.failure(), Failure::FailedRows);
+    assert!(error.to_string().starts_with("1 of 4 items failed; item `long`: a prompt of "), "{error}");
+    assert!(
+        error.to_string().contains("the model's 4096 positions: show fewer `neighbors`, shorten titles"),
+        "{error}"
+    );
+    assert_eq!(memo.len(SPACE), 3);
+}
+
+#[test]
+fn a_template_that_takes_no_second_turn_leaves_the_first_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let text = "{{ messages[0].content }}{{ raise_exception('one turn') if messages|length > 1 }}";
+    fs::write(model.join("chat_template.jinja"), text).unwrap();
+    let mut with = asking(&model);
+    with["extractor"]["max_attempts"] = json!(2);
+    let ran = Bench::new().input("items", items(3)).run("tid", with).unwrap();
+    assert_eq!(ran.lines("tids").len(), 3);
+    let told = |line: &&str| line.starts_with("3 of 3 questions failed; questions `0`, `1`, `2`: ");
+    assert!(ran.logs().into_iter().any(|line| told(&line) && line.contains("one turn")), "{:?}", ran.logs());
 }
 
 #[test]
