@@ -1,6 +1,6 @@
 //! The scheduler of a run, tied to the leases of its machine: what the engine asks for starts, and tells of ends.
 
-use std::time::Instant;
+use std::{fs::File, sync::Arc, time::Instant};
 
 use crate::{
     device::{
@@ -65,6 +65,12 @@ impl Dispatcher {
             taking.commit(self.scheduler.usage())?;
         }
         Ok(started)
+    }
+
+    /// The file whose lock says what this run has leased: whoever holds it open keeps that leased, after the end of this
+    /// process too. `None` before the first start.
+    pub fn held(&self) -> Option<Arc<File>> {
+        self.host.as_ref().map(HostLeases::held)
     }
 
     /// A started task has ended.

@@ -162,20 +162,19 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Starts `runs/<id>/` below `runs`.
+    /// Starts `runs/<id>/` below `runs`, with a name that no other run has.
     ///
     /// # Errors
     /// If the store cannot be written.
     pub fn create(
         runs: &Path,
-        id: RunId,
         pipeline: &str,
         variant: Option<&str>,
         command: Vec<String>,
     ) -> Result<Self, JournalError> {
-        let folder = runs.join(id.as_str());
+        let (id, folder) = claim(runs, RunId::generate)?;
         let logs = folder.join("logs");
-        fs::create_dir_all(&logs).map_err(JournalError::new("create", &logs))?;
+        fs::create_dir(&logs).map_err(JournalError::new("create", &logs))?;
         let path = folder.join("events.jsonl");
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let events = BufWriter::new(file.map_err(JournalError::new("create", &path))?);
@@ -265,6 +264,20 @@ impl Journal {
     }
 }
 
+/// Makes the folder of a run, and with it the run's name its own: two runs of one second may come to the same name.
+fn claim(runs: &Path, mut name: impl FnMut() -> RunId) -> Result<(RunId, PathBuf), JournalError> {
+    fs::create_dir_all(runs).map_err(JournalError::new("create", runs))?;
+    loop {
+        let id = name();
+        let folder = runs.join(id.as_str());
+        match fs::create_dir(&folder) {
+            Ok(()) => return Ok((id, folder)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(JournalError::new("create", &folder)(error)),
+        }
+    }
+}
+
 fn log_path(folder: &Path, stage: &str, attempt: u32) -> PathBuf {
     folder.join("logs").join(format!("{}.{attempt}.log", file_name(stage)))
 }
@@ -318,13 +331,16 @@ impl Runs {
         Ok(lines.filter_map(|line| serde_json::from_slice(&line).ok()).collect())
     }
 
-    /// Forgets a run: its journal and its logs.
+    /// Forgets a run: its journal and its logs. One that is gone already, or goes meanwhile, is forgotten as well.
     ///
     /// # Errors
     /// If they cannot be removed.
     pub fn remove(&self, id: &RunId) -> Result<(), JournalError> {
         let folder = self.folder.join(id.as_str());
-        fs::remove_dir_all(&folder).map_err(JournalError::new("remove", &folder))
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(JournalError::new("remove", &folder)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the run said anything in the last day: of one on another machine, that is all that can be seen.
@@ -380,8 +396,8 @@ mod tests {
     fn a_run_is_recorded_and_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let runs = Runs::new(folder.path());
-        let id = RunId::parse("20250101T000000-00ff").unwrap();
-        let mut journal = Journal::create(folder.path(), id.clone(), "p", Some("v"), vec!["grlm".into()]).unwrap();
+        let mut journal = Journal::create(folder.path(), "p", Some("v"), vec!["grlm".into()]).unwrap();
+        let id = journal.id().clone();
         assert_eq!(runs.record(&id).unwrap().state(), RunState::Running);
         journal.append(&event(&id, Some("a"), Body::Cached { saved: None, key: None })).unwrap();
         let counts = Counts { cached: 1, ..Counts::default() };
@@ -399,6 +415,20 @@ mod tests {
         let record = runs.record(&id).unwrap();
         assert_eq!(record.state(), RunState::Ended(Outcome::Succeeded));
         assert_eq!(record.ended.map(|e| e.counts), Some(counts));
+        runs.remove(&id).unwrap();
+        runs.remove(&id).unwrap();
+        assert!(runs.list().is_empty());
+    }
+
+    #[test]
+    fn runs_of_one_second_that_come_to_one_name_get_two() {
+        let folder = tempfile::tempdir().unwrap();
+        let runs = folder.path().join("runs");
+        let ids = ["00ff", "00ff", "0100"].map(|noise| RunId::parse(&format!("20250101T000000-{noise}")).unwrap());
+        let mut names = ids.clone().into_iter();
+        let mut claimed = || claim(&runs, || names.next().unwrap()).unwrap().0;
+        assert_eq!([claimed(), claimed()], [ids[0].clone(), ids[2].clone()]);
+        assert_eq!(Runs::new(runs).list().len(), 2);
     }
 
     #[test]

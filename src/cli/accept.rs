@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use grlm_cache::{Accepted, Access, ActionRecord, Health};
+use serde::Deserialize;
 
 use super::{
     Global,
@@ -16,6 +17,7 @@ use crate::{
     },
     error::CliError,
     exit_codes::Code,
+    key::Manifest,
 };
 
 /// Declare a stage's last result valid although the stage changed; the record says so
@@ -64,6 +66,9 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         }
     }
     let from_key = earlier.key;
+    // An older program's manifest may not be readable any more.
+    let before = Manifest::deserialize(&earlier.manifest);
+    let changes = before.map_or_else(|_| Vec::new(), |before| action.manifest.diff(&before));
     let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let record = ActionRecord {
         key: action.key,
@@ -82,5 +87,8 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
         tracing::warn!(%error, "what was accepted is not remembered for explanations");
     }
     println!("{} now uses the result of {from_key}", args.stage);
+    for change in changes {
+        println!("  although {change}");
+    }
     Ok(Code::Ok)
 }

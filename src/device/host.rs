@@ -1,7 +1,8 @@
 //! Leases across the runs of one machine, so that two of them never share a GPU by accident, nor cores and memory.
 //!
 //! Each run keeps a file of what it holds in a folder of this host, and holds a lock on that file as long as it
-//! lives. A file that nobody has locked belongs to a run that died: the kernel heals leases, no clock is involved.
+//! lives, and its workers after it: they hold the file open. A file that nobody has locked belongs to a run that died and
+//! whose workers are gone: the kernel heals leases, no clock is involved.
 //! Taking more happens under a second lock, held for microseconds; giving back needs none.
 //!
 //! The folder is one for all users of the machine ([`Place`]): everybody may add a file of their own, read and lock all,
@@ -14,8 +15,13 @@ use std::{
     io::{self, Read, Seek, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::events::human_bytes;
@@ -60,7 +66,7 @@ struct HeldGpu {
 pub struct HostLeases {
     folder: PathBuf,
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     gate: File,
     /// UUIDs by position; empty for simulated GPUs, which are nobody else's business.
     uuids: Vec<String>,
@@ -109,17 +115,34 @@ impl Place {
 
 /// Makes the folder for all users, unless somebody has.
 fn shared(folder: &Path) -> Result<(), String> {
-    match fs::DirBuilder::new().mode(FOR_ALL).create(folder) {
-        // The umask took rights away. Who comes before they are back finds a folder of one user, and does without.
-        Ok(()) => fs::set_permissions(folder, Permissions::from_mode(FOR_ALL)).map_err(|error| error.to_string())?,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(error.to_string()),
-    }
-    let there = fs::symlink_metadata(folder).map_err(|error| error.to_string())?;
+    let look = || fs::symlink_metadata(folder);
+    let there = look().or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => make_shared(folder).and_then(|()| look()),
+        _ => Err(error),
+    });
+    let there = there.map_err(|error| error.to_string())?;
     if !there.is_dir() || there.mode() & 0o7777 != FOR_ALL {
         return Err("it is no folder that all users may write to, and none may remove another's from".into());
     }
     open_lock(&folder.join("gate")).map(|_| ()).map_err(|error| format!("gate: {error}"))
+}
+
+/// Makes it under another name first: the umask takes rights away, and whoever found it before they are back would take
+/// it for one user's, and do without as long as it runs.
+fn make_shared(folder: &Path) -> io::Result<()> {
+    let room = folder.parent().unwrap_or(folder);
+    let made = tempfile::Builder::new().prefix(".grlm-leases-").tempdir_in(room)?;
+    create(&made.path().join("gate"))?;
+    fs::set_permissions(made.path(), Permissions::from_mode(FOR_ALL))?;
+    match renameat_with(CWD, made.path(), CWD, folder, RenameFlags::NOREPLACE) {
+        Ok(()) => {
+            let _ = made.keep();
+            Ok(())
+        }
+        // Somebody was faster.
+        Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// `grlm` in `XDG_RUNTIME_DIR`, or `/tmp/grlm-<uid>` if that is not set or (after `su`, say) not this user's.
@@ -181,7 +204,12 @@ impl HostLeases {
         gate.unlock().map_err(at("unlock", &gate_path))?;
         let uuid = |gpu: &super::Gpu| if gpu.simulated { String::new() } else { gpu.uuid.clone() };
         let uuids = machine.gpus.iter().map(uuid).collect();
-        Ok(Self { folder: folder.to_owned(), path, file, gate, uuids })
+        Ok(Self { folder: folder.to_owned(), path, file: Arc::new(file), gate, uuids })
+    }
+
+    /// The file whose lock says that this run's leases hold. They hold until nobody has it open any more.
+    pub fn held(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// Waits for other runs that are just taking theirs.
@@ -207,13 +235,14 @@ impl HostLeases {
             .map(|(uuid, gpu)| (uuid.clone(), HeldGpu { shares: gpu.shares, memory: gpu.memory, whole: gpu.whole }))
             .collect();
         let held = Held { pid: std::process::id(), cpus: own.cpus, memory: own.memory, gpus };
+        let mut file = &*self.file;
         let mut write = || -> io::Result<()> {
             let mut text = serde_json::to_vec(&held)?;
             text.push(b'\n');
             // One write over the old text, then cut: a reader in between sees trailing garbage, never a gap.
-            self.file.rewind()?;
-            self.file.write_all(&text)?;
-            self.file.set_len(text.len() as u64)
+            file.rewind()?;
+            file.write_all(&text)?;
+            file.set_len(text.len() as u64)
         };
         write().map_err(at("write", &self.path))
     }
@@ -225,7 +254,7 @@ impl HostLeases {
             let is_run = entry.file_name().to_str().is_some_and(|name| name.starts_with("run-"));
             let Some(mut file) = File::open(entry.path()).ok().filter(|_| is_run) else { continue };
             let mut text = String::new();
-            // A shared lock is refused only where a run lives that holds its own.
+            // A shared lock is refused only where a run, or a worker of it, lives that holds its own.
             let lives = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
             if !lives || file.read_to_string(&mut text).is_err() {
                 continue;
@@ -365,6 +394,46 @@ mod tests {
         leases.lock().unwrap().commit(&usage()).unwrap();
         let mut other = HostLeases::open(&folder, &machine()).unwrap();
         assert_eq!(other.lock().unwrap().others().unwrap().cpus, 3);
+    }
+
+    #[test]
+    fn runs_that_make_the_folder_at_once_all_use_it() {
+        for _ in 0..50 {
+            let room = tempfile::tempdir().unwrap();
+            let place = || Place::find(&[room.path()], || unreachable!("the room will do"));
+            let start = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        start.wait();
+                        assert_eq!(place().alone, None);
+                    });
+                }
+            });
+            let names: Vec<_> = fs::read_dir(room.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(names, ["grlm-leases"], "nothing temporary is left");
+        }
+    }
+
+    #[test]
+    fn what_a_run_held_stays_taken_while_its_file_is_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut first = HostLeases::open(folder.path(), &machine()).unwrap();
+        let mut second = HostLeases::open(folder.path(), &machine()).unwrap();
+        first.lock().unwrap().commit(&usage()).unwrap();
+        // As a killed run leaves it: the file is there, and only a worker has it open.
+        let left = folder.path().join("run-killed");
+        fs::hard_link(&first.path, &left).unwrap();
+        let worker = first.held().try_clone().unwrap();
+        drop(first);
+        assert_eq!(second.lock().unwrap().others().unwrap().cpus, 3);
+        drop(worker);
+        // A process that another test starts has a copy for a moment.
+        let free = (0..2000).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            second.lock().unwrap().others().unwrap().is_empty()
+        });
+        assert!(free && !left.exists());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -70,6 +71,8 @@ pub struct Leased {
     pub gpus: Vec<String>,
     /// Leased GPUs that are not there.
     pub simulated: usize,
+    /// Its lock says that all this is taken.
+    pub held: Option<Arc<File>>,
 }
 
 /// Which try of a job this is.
@@ -187,8 +190,14 @@ impl Workshop {
         let mut spec = self.spec(job, trial, leased, &folder)?;
         spec.guards = guards;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let launch =
-            Launch { spec: &spec, folder: &folder, log: trial.log, timeout: job.timeout, grace: Launch::GRACE };
+        let launch = Launch {
+            spec: &spec,
+            folder: &folder,
+            log: trial.log,
+            timeout: job.timeout,
+            grace: Launch::GRACE,
+            held: leased.held.as_deref(),
+        };
         let names = Names::new(job, &spec);
         let mut pass_on = |event| on_event(names.in_event(event));
         let AttemptEnd { result, duration, peak_memory, peak_gpu_memory, rows, .. } =

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     events::{Body, Counts, Event, Outcome, now},
-    journal::{Journal, RunId},
+    journal::Journal,
     key,
     pipeline::{self, Selection},
     progress::Reporter,
@@ -199,9 +199,9 @@ impl Memory {
         started: std::time::Instant,
         reporter: &mut dyn Reporter,
     ) -> Result<(), RunError> {
-        let run = RunId::generate();
         let variant = self.variant.as_deref();
-        let mut journal = Journal::create(&store.runs_dir(), run.clone(), &self.pipeline, variant, command)?;
+        let mut journal = Journal::create(&store.runs_dir(), &self.pipeline, variant, command)?;
+        let run = journal.id().clone();
         let mut say = |stage: Option<&str>, body: Body| -> Result<(), RunError> {
             let event = Event { t: now(), run: run.clone(), stage: stage.map(str::to_owned), attempt: None, body };
             reporter.event(&event);

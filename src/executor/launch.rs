@@ -53,12 +53,15 @@ pub struct Launch<'a> {
     pub spec: &'a AttemptSpec,
     /// An existing folder; `attempt.json` is written here.
     pub folder: &'a Path,
-    /// Standard output and error of the worker and all that it starts; appended to.
+    /// What the worker and all that it starts print; appended to.
     pub log: &'a Path,
     /// From start to SIGTERM.
     pub timeout: Option<Duration>,
     /// From SIGTERM to SIGKILL.
     pub grace: Duration,
+    /// The worker keeps a copy of it open until it is gone, and what it starts gets none: a lock on it lasts as long, also
+    /// when this process is killed.
+    pub held: Option<&'a File>,
 }
 
 impl Launch<'_> {
@@ -196,6 +199,7 @@ impl Launcher {
         let (ours, theirs) = net::UnixStream::pair().map_err(refused())?;
         ours.set_nonblocking(true).map_err(refused())?;
         let (output, target) = Output::new(log, redactor).map_err(refused())?;
+        let held = launch.held.map(File::try_clone).transpose().map_err(refused())?;
 
         let child = Command::new(&self.program)
             .arg0("grlm")
@@ -207,7 +211,7 @@ impl Launcher {
             .envs(environment(spec, std::env::vars_os()))
             .process_group(0)
             .stdin(OwnedFd::from(theirs))
-            .stdout(target.try_clone().map(Stdio::from).map_err(refused())?)
+            .stdout(held.map_or_else(Stdio::null, Stdio::from))
             .stderr(target)
             .spawn()
             .map_err(LaunchError::at("start a worker in", &spec.directory))?;

@@ -2,8 +2,8 @@
 
 use std::{
     io, mem,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
-    time::Duration,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal};
@@ -32,19 +32,32 @@ pub fn on_signal(signal: libc::c_int, handler: Handler) -> io::Result<()> {
 /// # Errors
 /// If descriptors run out, or `/dev/null` cannot be opened.
 pub fn take_stdin() -> io::Result<OwnedFd> {
+    let null = std::fs::File::open("/dev/null")?;
+    take(libc::STDIN_FILENO, null.as_fd())
+}
+
+/// Moves the standard output likewise, and lets what is written to it go where the standard error goes.
+///
+/// # Errors
+/// If descriptors run out, or there is no standard output.
+pub fn take_stdout() -> io::Result<OwnedFd> {
+    let stderr = io::stderr();
+    take(libc::STDOUT_FILENO, stderr.as_fd())
+}
+
+fn take(stream: RawFd, instead: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: `fcntl` returns a new descriptor that nobody else owns.
-    let channel = unsafe {
-        match libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 3) {
+    let taken = unsafe {
+        match libc::fcntl(stream, libc::F_DUPFD_CLOEXEC, 3) {
             -1 => return Err(io::Error::last_os_error()),
             descriptor => OwnedFd::from_raw_fd(descriptor),
         }
     };
-    let null = std::fs::File::open("/dev/null")?;
     // SAFETY: both descriptors are open.
-    if unsafe { libc::dup2(null.as_raw_fd(), 0) } == -1 {
+    if unsafe { libc::dup2(instead.as_raw_fd(), stream) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    Ok(channel)
+    Ok(taken)
 }
 
 /// How a process ended.
@@ -121,11 +134,16 @@ pub fn own_peak_memory() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Ends whatever became a child of this process and is still running (a subreaper adopts what daemonised itself).
+/// What uses a GPU can take seconds to be gone; what takes longer than this is in uninterruptible sleep, and not worth
+/// more waiting.
+const CHILDREN_GONE: Duration = Duration::from_secs(10);
+
+/// Ends whatever became a child of this process and is still running (a subreaper adopts what daemonised itself), and
+/// waits until it is gone.
 pub fn kill_children() {
-    // A child's own children come to us once it is gone, hence the rounds; a child that appears in each of them
-    // is in uninterruptible sleep, and not worth more waiting.
-    for round in 0..50 {
+    let start = Instant::now();
+    // A child's own children come to us once it is gone, hence the rounds.
+    while start.elapsed() < CHILDREN_GONE {
         match rustix::process::wait(rustix::process::WaitOptions::NOHANG) {
             Err(rustix::io::Errno::INTR) | Ok(Some(_)) => continue,
             Err(_) => return,
@@ -134,7 +152,8 @@ pub fn kill_children() {
         for pid in children() {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
-        std::thread::sleep(Duration::from_millis(if round < 10 { 1 } else { 20 }));
+        let at_first = start.elapsed() < Duration::from_millis(20);
+        std::thread::sleep(Duration::from_millis(if at_first { 1 } else { 20 }));
     }
 }
 

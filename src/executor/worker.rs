@@ -2,18 +2,19 @@
 //! keys, no retries. Of the store it uses the rows alone.
 //!
 //! Its standard input is the channel for events, one JSON object a line; started by hand, with no channel, it writes
-//! them to `events.jsonl` in the attempt's folder. Standard output and error go wherever the launcher put them.
+//! them to `events.jsonl` in the attempt's folder. Its standard error goes wherever the launcher put it, and takes what is
+//! printed as well: the standard output that a launcher gives is a file to be held open ([`HELD`]).
 //!
 //! It leads a process group of its own, which everything it starts stays in. When the process that started it dies,
-//! the kernel sends [`PARENT_DEATH`], and the handler kills the whole group, itself included. SIGTERM only sets the
-//! [`StopFlag`].
+//! the kernel sends [`PARENT_DEATH`], and the worker kills what it started, then the whole group, itself included.
+//! SIGTERM only sets the [`StopFlag`].
 
 use std::{
     any::Any,
     collections::BTreeSet,
     fs::File,
-    io::{self, Write},
-    os::fd::AsFd,
+    io::{self, PipeWriter, Read, Write},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, Mutex, OnceLock, PoisonError},
@@ -53,7 +54,13 @@ const STACK: usize = 256 << 20;
 /// More frequent progress than this is left out.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
+/// What the launcher gave as standard output: the file whose lock says what is leased. A lock lasts until the last copy
+/// of its descriptor is closed, so that a lease outlives a launcher that was killed, until this process is gone too. What
+/// this process starts gets no copy: a server that a command leaves behind would keep the lease.
+static HELD: OnceLock<OwnedFd> = OnceLock::new();
 static STOP: OnceLock<StopFlag> = OnceLock::new();
+/// Wakes the thread that does what a handler must not.
+static WAKE: OnceLock<PipeWriter> = OnceLock::new();
 static PANIC_PLACE: Mutex<Option<String>> = Mutex::new(None);
 
 extern "C" fn on_terminate(_: libc::c_int) {
@@ -63,15 +70,23 @@ extern "C" fn on_terminate(_: libc::c_int) {
 }
 
 extern "C" fn on_parent_death(_: libc::c_int) {
+    if WAKE.get().is_none_or(|wake| rustix::io::write(wake, &[0]).is_err()) {
+        let _ = rustix::process::kill_current_process_group(Signal::KILL);
+    }
+}
+
+/// Ends what this process started, and then this process: the lease is to last as long as anything uses it.
+fn end_everything() {
+    process::kill_children();
     let _ = rustix::process::kill_current_process_group(Signal::KILL);
 }
 
 /// Runs the attempt of `folder` to its end. `parent` is the process to die with, if any.
 pub fn main(folder: &Path, parent: Option<u32>) -> ExitCode {
-    let channel = match open_channel(folder) {
+    let channel = match take_streams(folder, parent.is_some()) {
         Ok(channel) => Arc::new(Mutex::new(channel)),
         Err(error) => {
-            eprintln!("cannot open the channel for events: {error}");
+            eprintln!("cannot take over the standard streams: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -96,7 +111,11 @@ pub fn main(folder: &Path, parent: Option<u32>) -> ExitCode {
     code
 }
 
-fn open_channel(folder: &Path) -> io::Result<Channel> {
+/// The channel for events; a launched worker also holds what it was given to hold.
+fn take_streams(folder: &Path, launched: bool) -> io::Result<Channel> {
+    if launched {
+        let _ = HELD.set(process::take_stdout()?);
+    }
     let stdin = process::take_stdin()?;
     let is_socket = rustix::fs::fstat(stdin.as_fd())
         .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket);
@@ -114,6 +133,14 @@ fn guard_process(parent: Option<u32>) -> Result<(), StageError> {
     process::on_signal(libc::SIGTERM, on_terminate).map_err(refused)?;
     let _ = rustix::process::set_child_subreaper(Some(own));
     if let Some(parent) = parent {
+        let (mut woken, wake) = io::pipe().map_err(refused)?;
+        let _ = WAKE.set(wake);
+        let wait = move || {
+            if woken.read_exact(&mut [0]).is_ok() {
+                end_everything();
+            }
+        };
+        thread::Builder::new().name("end".into()).spawn(wait).map_err(refused)?;
         process::on_signal(PARENT_DEATH.as_raw(), on_parent_death).map_err(refused)?;
         rustix::process::set_parent_process_death_signal(Some(PARENT_DEATH)).map_err(|e| refused(e.into()))?;
         // The parent may have died before the line above.
@@ -226,7 +253,7 @@ impl Channel {
             format!("{{\"event\":{{\"kind\":\"log\",\"level\":\"warn\",\"message\":\"{error}\"}}}}").into_bytes()
         });
         if self.file.write_all(&[&line[..], b"\n"].concat()).is_err() {
-            on_parent_death(0);
+            end_everything();
         }
     }
 }

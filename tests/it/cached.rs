@@ -178,7 +178,8 @@ fn accept_adopts_a_result_and_the_record_says_so() {
     env.ok(&["run", "three.yaml"]);
     env.ran();
     env.write("three.yaml", &THREE.replace("tr a-z A-Z", "tr  a-z  A-Z"));
-    env.ok(&["accept", "three.yaml", "upper", "--reason", "only spacing changed"]);
+    let said = env.ok(&["accept", "three.yaml", "upper", "--reason", "only spacing changed"]).stdout;
+    assert!(said.ends_with("  although `with.run` changed\n"), "{said}");
     env.ok(&["run", "three.yaml"]);
     assert!(env.ran().is_empty());
     let accepted = env

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::Command, sync::OnceLock};
 
-use crate::environment::Environment;
+use crate::environment::{Environment, Running};
 
 /// The compiled stand-in, or `None` where there is no C compiler.
 fn nvml() -> Option<&'static PathBuf> {
@@ -116,7 +116,9 @@ fn memory_is_measured_and_the_next_run_takes_that_share() {
     // The second look begins when the first one is over.
     let run = "echo $CUDA_VISIBLE_DEVICES > ${outputs.out}; \
                until [ $(cat asked 2>/dev/null | wc -l) -gt 2 ]; do sleep 0.01; done";
-    env.write("gpu.yaml", &stage(run, "gpus: 1, share: true"));
+    // Where nobody looks, the stage ends with its timeout.
+    let patient = stage(run, "gpus: 1, share: true").replace("    with:", "    timeout: 60s\n    with:");
+    env.write("gpu.yaml", &patient);
     let Some(command) = on(&env, TWO, &["run", "gpu.yaml"]) else { return };
     let (code, text) = said(command);
     assert_eq!(code, 0, "{text}");
@@ -159,7 +161,7 @@ fn two_runs_never_share_a_gpu_by_accident() {
     let Some(first) = on(&env, "GPU-aaaa 81920\n", &["run", "a.yaml"]) else { return };
     let children: Vec<_> = [first, on(&env, "GPU-aaaa 81920\n", &["run", "b.yaml"]).unwrap()]
         .into_iter()
-        .map(|mut command| command.spawn().unwrap())
+        .map(|mut command| Running::start(&mut command))
         .collect();
     for mut child in children {
         assert!(child.wait().unwrap().success(), "both were on the GPU at once");

@@ -1,13 +1,8 @@
 //! Kills, and several `grlm` at once.
 
-use std::{
-    fs,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, process::Command, thread, time::Duration};
 
-use crate::environment::{Environment, three};
+use crate::environment::{Environment, Running, three, wait_until};
 
 /// A chain and a fan of short stages, each with a background child that must not outlive the run.
 fn short_stages(env: &Environment) {
@@ -40,11 +35,7 @@ fn left_behind(env: &Environment, marker: &str) -> usize {
 }
 
 fn wait_until_none_is_left(env: &Environment, marker: &str) {
-    let start = Instant::now();
-    while left_behind(env, marker) > 0 {
-        assert!(start.elapsed() < Duration::from_secs(20), "processes outlived the run");
-        thread::sleep(Duration::from_millis(20));
-    }
+    wait_until("no process outlives the run", || left_behind(env, marker) == 0);
 }
 
 #[test]
@@ -59,7 +50,7 @@ fn killed_at_any_moment_it_leaves_no_process_and_the_next_run_finishes_alike() {
     for round in 0..kills {
         let env = Environment::new();
         short_stages(&env);
-        let mut child = env.command(&["run", "short.yaml"]).spawn().unwrap();
+        let mut child = Running::start(&mut env.command(&["run", "short.yaml"]));
         thread::sleep(Duration::from_millis(round * 700 / kills));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -85,16 +76,11 @@ stages:
     outputs: { out: x.txt }
 "#,
     );
-    let child = env.command(&["run", "long.yaml"]).spawn().unwrap();
-    let start = Instant::now();
-    while !env.path("started").exists() {
-        assert!(start.elapsed() < Duration::from_secs(30), "the stage never started");
-        thread::sleep(Duration::from_millis(10));
-    }
+    let mut child = Running::start(&mut env.command(&["run", "long.yaml"]));
+    wait_until("the stage starts", || env.path("started").exists());
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(env.read("saved.txt"), "saved\n");
     wait_until_none_is_left(&env, "9876");
 }
@@ -104,10 +90,9 @@ fn several_at_once_on_one_store_run_each_stage_once() {
     let env = three();
     let text = env.read("three.yaml").replace("tr a-z A-Z <", "sleep 0.3; tr a-z A-Z <");
     env.write("three.yaml", &text);
-    let children: Vec<_> = (0..4).map(|_| env.command(&["run", "three.yaml"]).spawn().unwrap()).collect();
-    for child in children {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let children: Vec<_> = (0..4).map(|_| Running::start(&mut env.command(&["run", "three.yaml"]))).collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
     }
     assert_eq!(env.ran(), ["count", "other", "upper"]);
 }

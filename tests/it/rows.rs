@@ -1,8 +1,15 @@
 //! Row stages through the real program: what a change costs, what a kill costs, and what does not depend on devices.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, process::Child, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
+};
 
-use crate::environment::{Environment, unwrapped};
+use crate::environment::{Environment, Running, unwrapped, wait_until};
 
 /// A row stage whose program notes each row it is given.
 const PIPELINE: &str = r#"
@@ -192,14 +199,10 @@ fn the_artifact_is_the_same_on_any_devices() {
 }
 
 fn wait_for_rows(env: &Environment, run: &mut Child, rows: usize) {
-    for _ in 0..2000 {
+    wait_until(&format!("{rows} rows are begun"), || {
         let noted = fs::read_to_string(env.path("journal")).unwrap_or_default().lines().count();
-        if noted >= rows || run.try_wait().unwrap().is_some() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    panic!("the run does not get on");
+        noted >= rows || run.try_wait().unwrap().is_some()
+    });
 }
 
 #[test]
@@ -211,7 +214,7 @@ fn a_kill_costs_a_batch_a_device() {
     for _ in 0..kills {
         // At 60 % of what is left.
         let aim = (rows - computed.min(rows)) * 6 / 10;
-        let mut run = env.command(&arguments).stderr(std::process::Stdio::null()).spawn().unwrap();
+        let mut run = Running::start(env.command(&arguments).stderr(Stdio::null()));
         wait_for_rows(&env, &mut run, aim);
         run.kill().unwrap();
         run.wait().unwrap();
@@ -231,12 +234,12 @@ fn a_kill_costs_a_batch_a_device() {
 fn runs_beside_each_other_compute_each_row_once() {
     let env = environment(40);
     // Different actions over the same rows: the batch is part of the action's key and of no row's.
-    let runs: Vec<Child> = (5..9)
+    let runs: Vec<Running> = (5..9)
         .map(|batch| {
             let set = format!("shout.with.rows.batch={batch}");
             let out = format!("out{batch}");
             let arguments = ["run", "rows.yaml", "--set", &set, "--set", "vars.pace=0.002", "--out", &out];
-            env.command(&arguments).stderr(std::process::Stdio::null()).spawn().unwrap()
+            Running::start(env.command(&arguments).stderr(Stdio::null()))
         })
         .collect();
     for mut run in runs {
@@ -345,16 +348,9 @@ fn a_kill_loses_no_answer_that_a_silent_program_gave_before() {
     let wait = "if [ -e hold ] && [ $(wc -l < journal) -eq 3 ]; then sleep 1000; fi";
     let streams = PIPELINE.replace("sleep ${vars.pace}", wait).replace("batch: 5,", "batch: 5, pass: stream,");
     env.write("rows.yaml", &streams);
-    let mut run = env.command(&["run", "rows.yaml"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut run = Running::start(env.command(&["run", "rows.yaml"]).stderr(Stdio::null()));
     wait_for_rows(&env, &mut run, 3);
-    let kept = || env.ok(&["rows", "ls", "--json"]).stdout;
-    for _ in 0..2000 {
-        if kept().contains("\"rows\":2") {
-            break;
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    assert!(kept().contains("\"rows\":2"), "{}", kept());
+    wait_until("two rows are kept", || env.ok(&["rows", "ls", "--json"]).stdout.contains("\"rows\":2"));
     run.kill().unwrap();
     run.wait().unwrap();
     assert_eq!(given(&env), 3);

@@ -4,11 +4,10 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     process::Stdio,
-    thread,
     time::{Duration, Instant},
 };
 
-use crate::environment::{Environment, THREE, three};
+use crate::environment::{Environment, Running, THREE, three, wait_until};
 
 fn json(env: &Environment, arguments: &[&str]) -> serde_json::Value {
     serde_json::from_str(&env.ok(arguments).stdout).unwrap()
@@ -51,15 +50,13 @@ fn a_collection_beside_a_running_pipeline_takes_nothing_from_it() {
         "touch started; while [ ! -e release ]; do sleep 0.1; done; grep -c HELLO ${inputs.text}",
     );
     env.write("three.yaml", &slow);
-    let mut child = env.command(&["run", "three.yaml"]).stderr(Stdio::null()).spawn().unwrap();
-    let start = Instant::now();
-    while !env.path("started").exists() {
-        assert!(start.elapsed() < Duration::from_secs(30), "the stage never started");
-        thread::sleep(Duration::from_millis(10));
-    }
+    let mut child = Running::start(env.command(&["run", "three.yaml"]).stderr(Stdio::null()));
+    wait_until("the stage starts", || env.path("started").exists());
     assert!(env.ok(&["status"]).stdout.contains("running"));
     let mut collections = 0;
+    let start = Instant::now();
     while child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the run never ends beside collections");
         env.ok(&["gc", "--max-size", "0", "--quiet"]);
         collections += 1;
         env.write("release", "");

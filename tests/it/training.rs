@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::environment::Environment;
+use crate::environment::{Environment, Running};
 
 const PIPELINE: &str = r#"
 name: learn
@@ -91,7 +91,7 @@ fn killed_five_times_it_ends_in_the_same_weights() {
     let env = environment();
     for round in 0..5 {
         let before = identity(&env);
-        let mut child = env.command(&["run", "learn.yaml"]).spawn().unwrap();
+        let mut child = Running::start(&mut env.command(&["run", "learn.yaml"]));
         let start = Instant::now();
         while identity(&env).is_none_or(|now| Some(now) == before) {
             assert!(child.try_wait().unwrap().is_none(), "round {round}: it ended before it was killed");

@@ -170,12 +170,11 @@ pub fn run(
     let io = |action| move |source| RunError::Io { action, source };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(io("start the runtime"))?;
-    let id = RunId::generate();
     let names: Vec<String> = (0..work.pipelines.len()).map(|p| work.title(p)).collect();
     let variant = (work.pipelines.len() == 1).then(|| work.pipelines[0].variant.clone()).flatten();
     let name = work.pipelines.first().map(|p| p.name.clone()).unwrap_or_default();
-    let mut journal =
-        Journal::create(&store.runs_dir(), id.clone(), &name, variant.as_deref(), options.command.clone())?;
+    let mut journal = Journal::create(&store.runs_dir(), &name, variant.as_deref(), options.command.clone())?;
+    let id = journal.id().clone();
     if let Some(name) = &options.name {
         journal.set_name(name)?;
     }

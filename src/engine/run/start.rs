@@ -79,7 +79,8 @@ impl Engine<'_> {
         let logs: Vec<PathBuf> = (1..=most).map(|n| self.journal.log(&job.label, n)).collect();
         let machine = self.dispatcher.machine();
         let gpus = machine.visible_devices(&lease);
-        let leased = Leased { cpus: lease.cpus as usize, simulated: lease.gpus.len() - gpus.len(), gpus };
+        let simulated = lease.gpus.len() - gpus.len();
+        let leased = Leased { cpus: lease.cpus as usize, gpus, simulated, held: self.dispatcher.held() };
         let devices = machine.names(&lease);
         self.leases.insert(id, lease);
         tokio::task::spawn_local(async move {

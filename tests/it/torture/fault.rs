@@ -14,6 +14,7 @@ use super::{
     Dice, power,
     world::{Blame, ROWS, STAGES, World},
 };
+use crate::environment::Running;
 
 #[derive(Debug, Clone)]
 pub enum Fault {
@@ -115,7 +116,7 @@ impl Fault {
             Fault::KillAfter(milliseconds) => {
                 let mut command = world.run();
                 quiet(&mut command);
-                let mut child = command.spawn().expect("grlm starts");
+                let mut child = Running::start(&mut command);
                 thread::sleep(Duration::from_millis(*milliseconds as u64));
                 let _ = child.kill();
                 *struck = Some(child.wait().is_ok_and(|status| status.signal().is_some()));
@@ -124,7 +125,7 @@ impl Fault {
             Fault::KillWorker(milliseconds) => {
                 let mut command = world.run();
                 quiet(&mut command);
-                let mut child = command.spawn().expect("grlm starts");
+                let mut child = Running::start(&mut command);
                 thread::sleep(Duration::from_millis(*milliseconds as u64));
                 // Between two stages there is none.
                 let mut there = world.processes();
@@ -147,9 +148,7 @@ impl Fault {
                 let mut command = world.run();
                 quiet(command.env("GRLM_FAULT", fault(step, visit, "kill")).env("GRLM_FAULT_SYNCED", &log));
                 command.status().expect("grlm starts");
-                while !world.processes().is_empty() {
-                    thread::sleep(Duration::from_millis(5));
-                }
+                world.wait_for_orphans(&format!("{self:?}"));
                 power::cut(&world.store(), &before, &fs::read_to_string(&log).unwrap_or_default(), dice);
                 world.boot += 1;
                 Blame::MayBeLost
@@ -164,7 +163,7 @@ impl Fault {
             Fault::Several(count) => {
                 world.began();
                 *struck = Some(true);
-                let mut children: Vec<_> = (0..*count).map(|_| world.run().spawn().expect("grlm starts")).collect();
+                let mut children: Vec<_> = (0..*count).map(|_| Running::start(&mut world.run())).collect();
                 let ended: Vec<bool> = children.iter_mut().map(|c| c.wait().is_ok_and(|s| s.success())).collect();
                 assert!(ended.iter().all(|ok| *ok), "{self:?}: {ended:?}");
                 let began = world.began();
@@ -188,7 +187,7 @@ impl Fault {
                         if i == 0 {
                             command.env("GRLM_FAULT", fault(step, visit, "kill"));
                         }
-                        let child = command.spawn().expect("grlm starts");
+                        let child = Running::start(&mut command);
                         // A start ahead, or the others would have done all of it when it comes to its step.
                         thread::sleep(Duration::from_millis(if i == 0 { 50 } else { 0 }));
                         child
@@ -199,7 +198,7 @@ impl Fault {
                 Blame::NothingLost
             }
             Fault::Collect(step, visit) => {
-                let mut run = world.run().spawn().expect("grlm starts");
+                let mut run = Running::start(&mut world.run());
                 thread::sleep(Duration::from_millis(dice.roll(900) as u64));
                 let mut collect = world.command(&["gc", "--max-size", "0", "--quiet"]);
                 quiet(collect.env("GRLM_FAULT", fault(step, visit, "kill")));

@@ -5,11 +5,9 @@ use std::{
     fs::{self, File},
     path::PathBuf,
     process::Command,
-    thread,
-    time::{Duration, Instant},
 };
 
-use crate::environment::{Environment, Outcome};
+use crate::environment::{Environment, Outcome, wait_until};
 
 /// Short stages: a chain, a fan, a folder, a file large enough to be synced at once, a stage that runs for long enough to
 /// be synced at once, a stage that works row by row on two devices. Some have a child that would outlive a careless run.
@@ -253,11 +251,7 @@ impl World {
         pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(here).collect()
     }
 
-    fn wait_for_orphans(&self, told: &str) {
-        let start = Instant::now();
-        while !self.processes().is_empty() {
-            assert!(start.elapsed() < Duration::from_secs(20), "{told}: processes outlived their run");
-            thread::sleep(Duration::from_millis(10));
-        }
+    pub fn wait_for_orphans(&self, told: &str) {
+        wait_until(&format!("{told}: no process outlives its run"), || self.processes().is_empty());
     }
 }
