@@ -13,7 +13,7 @@ use std::{
     any::Any,
     collections::BTreeSet,
     fs::File,
-    io::{self, PipeWriter, Read, Write},
+    io::{self, PipeReader, PipeWriter, Read, Write},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -59,8 +59,10 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// this process starts gets no copy: a server that a command leaves behind would keep the lease.
 static HELD: OnceLock<OwnedFd> = OnceLock::new();
 static STOP: OnceLock<StopFlag> = OnceLock::new();
-/// Wakes the thread that does what a handler must not.
+/// Wakes the thread that waits for the stage: [`STAGE_ENDED`], or [`PARENT_DIED`], about which a handler may do no more.
 static WAKE: OnceLock<PipeWriter> = OnceLock::new();
+const STAGE_ENDED: u8 = 0;
+const PARENT_DIED: u8 = 1;
 static PANIC_PLACE: Mutex<Option<String>> = Mutex::new(None);
 
 extern "C" fn on_terminate(_: libc::c_int) {
@@ -70,9 +72,13 @@ extern "C" fn on_terminate(_: libc::c_int) {
 }
 
 extern "C" fn on_parent_death(_: libc::c_int) {
-    if WAKE.get().is_none_or(|wake| rustix::io::write(wake, &[0]).is_err()) {
+    if !wake(PARENT_DIED) {
         let _ = rustix::process::kill_current_process_group(Signal::KILL);
     }
+}
+
+fn wake(why: u8) -> bool {
+    WAKE.get().is_some_and(|wake| rustix::io::write(wake, &[why]).is_ok())
 }
 
 /// Ends what this process started, and then this process: the lease is to last as long as anything uses it.
@@ -92,7 +98,7 @@ pub fn main(folder: &Path, parent: Option<u32>) -> ExitCode {
     };
     let stop = STOP.get_or_init(StopFlag::default).clone();
     let namespaces = Namespaces::default();
-    let result = guard_process(parent).and_then(|()| run(folder, stop, &channel, &namespaces));
+    let result = guard_process(parent).and_then(|woken| run(folder, stop, &channel, &namespaces, woken));
     process::kill_children();
     let (last, code) = match result {
         Ok(()) => (WorkerEvent::Finished, ExitCode::SUCCESS),
@@ -123,8 +129,9 @@ fn take_streams(folder: &Path, launched: bool) -> io::Result<Channel> {
     Ok(Channel { file, last_progress: None, held: None })
 }
 
-/// Own process group, stop flag, death of the parent, adoption of what daemonises itself.
-fn guard_process(parent: Option<u32>) -> Result<(), StageError> {
+/// Own process group, stop flag, death of the parent, adoption of what daemonises itself. With a parent, returns what
+/// [`wake`] writes to.
+fn guard_process(parent: Option<u32>) -> Result<Option<PipeReader>, StageError> {
     let refused = |e: io::Error| StageError::bug(format!("cannot set up the worker process: {e}"));
     let own = rustix::process::getpid();
     if rustix::process::getpgrp() != own {
@@ -132,24 +139,17 @@ fn guard_process(parent: Option<u32>) -> Result<(), StageError> {
     }
     process::on_signal(libc::SIGTERM, on_terminate).map_err(refused)?;
     let _ = rustix::process::set_child_subreaper(Some(own));
-    if let Some(parent) = parent {
-        let (mut woken, wake) = io::pipe().map_err(refused)?;
-        let _ = WAKE.set(wake);
-        let wait = move || {
-            if woken.read_exact(&mut [0]).is_ok() {
-                end_everything();
-            }
-        };
-        thread::Builder::new().name("end".into()).spawn(wait).map_err(refused)?;
-        process::on_signal(PARENT_DEATH.as_raw(), on_parent_death).map_err(refused)?;
-        rustix::process::set_parent_process_death_signal(Some(PARENT_DEATH)).map_err(|e| refused(e.into()))?;
-        // The parent may have died before the line above.
-        let alive = rustix::process::getppid().map(Pid::as_raw_nonzero).map(|p| p.get().unsigned_abs());
-        if alive != Some(parent) {
-            return Err(StageError::Stopped);
-        }
+    let Some(parent) = parent else { return Ok(None) };
+    let (woken, wake) = io::pipe().map_err(refused)?;
+    let _ = WAKE.set(wake);
+    process::on_signal(PARENT_DEATH.as_raw(), on_parent_death).map_err(refused)?;
+    rustix::process::set_parent_process_death_signal(Some(PARENT_DEATH)).map_err(|e| refused(e.into()))?;
+    // The parent may have died before the line above.
+    let alive = rustix::process::getppid().map(Pid::as_raw_nonzero).map(|p| p.get().unsigned_abs());
+    if alive != Some(parent) {
+        return Err(StageError::Stopped);
     }
-    Ok(())
+    Ok(Some(woken))
 }
 
 fn run(
@@ -157,6 +157,7 @@ fn run(
     stop: StopFlag,
     channel: &Arc<Mutex<Channel>>,
     namespaces: &Namespaces,
+    woken: Option<PipeReader>,
 ) -> Result<(), StageError> {
     let spec = AttemptSpec::read(folder)
         .map_err(|e| StageError::bug(format!("cannot read {}: {e}", folder.join(AttemptSpec::FILE).display())))?;
@@ -177,13 +178,26 @@ fn run(
     }
     note_panics();
     let params = spec.params;
-    thread::Builder::new()
-        .name(spec.stage)
-        .stack_size(STACK)
-        .spawn(move || kind.run(&params, &mut cx))
-        .map_err(|e| StageError::io("start a thread in", PathBuf::from("the worker"), e))?
-        .join()
-        .unwrap_or_else(|panic| Err(StageError::bug(panic_text(panic.as_ref()))))
+    let stage = move || {
+        let _ended = Ended;
+        kind.run(&params, &mut cx)
+    };
+    let stage = thread::Builder::new().name(spec.stage).stack_size(STACK).spawn(stage);
+    let stage = stage.map_err(|e| StageError::io("start a thread in", PathBuf::from("the worker"), e))?;
+    let mut why = [STAGE_ENDED];
+    if woken.is_some_and(|mut woken| woken.read_exact(&mut why).is_ok()) && why == [PARENT_DIED] {
+        end_everything();
+    }
+    stage.join().unwrap_or_else(|panic| Err(StageError::bug(panic_text(panic.as_ref()))))
+}
+
+/// Wakes the thread that waits for the stage, also when the stage panicked.
+struct Ended;
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        wake(STAGE_ENDED);
+    }
 }
 
 /// Keeps the place of a panic, which the caught value does not have.
