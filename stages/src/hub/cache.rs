@@ -107,16 +107,16 @@ impl Repository {
         drop(lock_file);
         let _ = fs::remove_file(&lock);
         create_parent(&link)?;
-        let _ = fs::remove_file(&link);
         let up = "../".repeat(2 + file.path.matches('/').count());
         let target = PathBuf::from(format!("{up}blobs/{name}"));
-        match std::os::unix::fs::symlink(&target, &link) {
-            // Another worker was as quick.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            // File systems without links.
-            Err(_) => fs::copy(&blob, &link).map(drop).map_err(io("write", &link)),
-            Ok(()) => Ok(()),
-        }
+        // Made aside and moved: another worker may just be opening the link that it has made.
+        let folder = link.parent().unwrap_or(&self.root);
+        let staged = tempfile::Builder::new().prefix(".grlm-").tempdir_in(folder).map_err(io("write in", folder))?;
+        let aside = staged.path().join("link");
+        let made = std::os::unix::fs::symlink(&target, &aside);
+        // File systems without links.
+        made.or_else(|_| fs::copy(&blob, &aside).map(drop)).map_err(io("write", &link))?;
+        fs::rename(&aside, &link).map_err(io("write", &link))
     }
 }
 
