@@ -20,6 +20,8 @@ pub enum StoreError {
     NotAStore { root: PathBuf, found: String },
     #[error("the store `{}` cannot be written", root.display())]
     NotWritable { root: PathBuf, source: io::Error },
+    #[error("who uses `{}` cannot be told: its disk has no locks (`flock`)", path.display())]
+    NoLocks { path: PathBuf },
     #[error("the store `{}` was opened for reading only", root.display())]
     OpenedForReading { root: PathBuf },
     #[error("`{}` is {what}; only files and folders can be stored", path.display())]
@@ -82,6 +84,7 @@ impl StoreError {
             StoreError::Missing { .. } | StoreError::BadManifest { .. } => "run the pipeline again: the stage that made it will be repeated".into(),
             StoreError::BadExport { .. } => "rows before the damage were taken in; export again, and import that".into(),
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "check the owner and the mode of that path".into(),
+            StoreError::NoLocks { .. } => "end all runs on this store, and remove that folder".into(),
             StoreError::Io { .. } | StoreError::OpenedForReading { .. } | StoreError::BadName { .. } => return None,
         })
     }

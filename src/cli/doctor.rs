@@ -135,9 +135,7 @@ fn devices(selection: &Selection, findings: &mut Findings) -> Option<device::Mac
         findings.note("devices", "CUDA_VISIBLE_DEVICES is set, and no GPU is found", "unset it, or correct it");
     }
     let host::Place { folder, alone } = host::Place::of_this_machine();
-    for (pid, held) in host::HostLeases::survey(&folder) {
-        findings.ok("devices", format!("process {pid} holds {held}"));
-    }
+    host::HostLeases::survey(&folder).into_iter().for_each(|held| findings.ok("devices", held));
     if let Err(error) = host::HostLeases::open(&folder, &machine) {
         let help = "leases of devices are kept there; GRLM_LEASES names another place".to_owned();
         findings.wrong("devices", error.to_string(), Some(help));

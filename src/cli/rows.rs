@@ -95,8 +95,8 @@ pub fn run(args: &Args, global: &Global) -> Result<Code, CliError> {
             if all {
                 return Ok(Code::Ok);
             }
-            let message = format!("a part of `{namespace}` is being written at this moment, and stays");
-            Err(CliError::message(Code::Store, message, Some("wait for the run that writes it, then again".into())))
+            let message = format!("a run uses `{namespace}` at this moment: what it writes stays");
+            Err(CliError::message(Code::Store, message, Some("wait for that run, then again".into())))
         }
         RowsVerb::Export { file, namespaces } => export(&open(Access::Read)?, file, namespaces, global.quiet),
         RowsVerb::Import { file } => import(&open(Access::Write)?, file, global.quiet),

@@ -247,8 +247,8 @@ impl HostLeases {
         write().map_err(at("write", &self.path))
     }
 
-    /// What every run of this machine holds now, in words: process and what it has. For people; nothing is locked.
-    pub fn survey(folder: &Path) -> Vec<(u32, String)> {
+    /// What every run of this machine holds now, in words, a sentence each. For people; nothing is locked.
+    pub fn survey(folder: &Path) -> Vec<String> {
         let mut found = Vec::new();
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             let is_run = entry.file_name().to_str().is_some_and(|name| name.starts_with("run-"));
@@ -266,7 +266,13 @@ impl HostLeases {
                 true => format!("{uuid} whole"),
                 false => format!("{} of {uuid}", human_bytes(gpu.memory)),
             }));
-            found.push((held.pid, parts.join(", ")));
+            let run = rustix::process::Pid::from_raw(held.pid.cast_signed());
+            let died = run.is_none_or(|run| rustix::process::test_kill_process(run) == Err(Errno::SRCH));
+            let parts = parts.join(", ");
+            found.push(match died {
+                true => format!("workers of process {}, which is gone, hold {parts}", held.pid),
+                false => format!("process {} holds {parts}", held.pid),
+            });
         }
         found
     }

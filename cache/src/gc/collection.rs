@@ -10,7 +10,7 @@ use crate::Result;
 use crate::digest::{ActionKey, Digest};
 use crate::inventory::{Held, Inventory, latest_ms, milliseconds, remove_tree, touched_ms, tree_bytes};
 use crate::record::list;
-use crate::rows::{HeldRows, is_being_written};
+use crate::rows::{HeldRows, may_be_written};
 use crate::steps::{Step, reach};
 use crate::store::{Store, move_away, rename_into};
 
@@ -188,14 +188,15 @@ impl<'a> Collection<'a> {
         }
         for rows in std::mem::take(&mut self.rows) {
             let used_ms = latest_ms(&rows.path);
-            if used_ms > rows.used_ms || self.may_run(&in_use, used_ms) || rows.is_needed_by(&in_use.actions) {
+            let used = used_ms > rows.used_ms || rows.is_needed_by(&in_use.actions) || may_be_written(&rows.path);
+            if used || self.may_run(&in_use, used_ms) {
                 self.spare(&rows);
                 continue;
             }
             let aside = self.trash.join(format!("{}.rows", rows.name));
             move_away(&rows.path, &aside)?;
             // A run that began since may have opened it before it was moved.
-            if latest_ms(&aside) > used_ms || is_being_written(&aside)? {
+            if latest_ms(&aside) > used_ms || may_be_written(&aside) {
                 put_rows_back(&aside, &rows.path)?;
                 self.spare(&rows);
             }
@@ -252,8 +253,9 @@ impl<'a> Collection<'a> {
 
 /// Moves a namespace's files where they were, beside what was begun there meanwhile.
 fn put_rows_back(aside: &Path, folder: &Path) -> Result<()> {
-    if !folder.exists() {
-        return rename_into(aside, folder);
+    match rename_into(aside, folder) {
+        Err(_) if folder.exists() => {}
+        moved => return moved,
     }
     for entry in list(aside)? {
         let place = folder.join(entry.file_name());

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use super::*;
 use crate::rows::{RowRef, RowStore};
 use crate::testing::{ingested, key, record, staged, store};
-use crate::{Access, ActionRecord, Health};
+use crate::{Access, ActionRecord, Digest, Health};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -114,6 +114,25 @@ fn a_record_that_is_used_while_it_is_condemned_is_put_back() {
         let content = store.record(&key).unwrap().unwrap().outputs["out"];
         assert_eq!(store.check(&content).unwrap(), Health::Intact);
     }
+}
+
+#[test]
+fn rows_that_somebody_writes_stay_however_old() {
+    let (_dir, store) = store();
+    let write = |name| {
+        let mut rows = store.rows().namespace(name).unwrap();
+        rows.append([(Digest::of(b"row"), RowRef::Result(b"result"))]).unwrap();
+        rows
+    };
+    let writer = write("written");
+    drop(write("idle"));
+    settle();
+    let done = store.gc(&Collect { max_bytes: Some(0), ..collect(&nobody) }).unwrap().unwrap();
+    assert_eq!((done.namespaces.len(), done.spared), (1, 1));
+    assert_eq!(store.rows().namespaces().unwrap(), ["written"]);
+    drop(writer);
+    let found = store.rows().namespace("written").unwrap().look_up(&[Digest::of(b"row")]).unwrap();
+    assert_eq!(found, [Some(b"result".to_vec())]);
 }
 
 #[test]

@@ -5,8 +5,9 @@
 //! namespace; another that would like to goes on without.
 //!
 //! The lock's file counts compactions, a byte for each, between the new segment's place and the removal of the old
-//! ones. Who reads the same count before it lists the folder and after it opened what it found has missed nothing:
-//! whatever was removed meanwhile was counted before the list, and so has its rows in a segment that the list has.
+//! ones. Who reads the same count before it lists the folder and after it read what is new there has missed nothing:
+//! whatever was removed meanwhile was counted before the list, and so has its rows in a segment that the list has. A
+//! segment that is opened later, since the index knew it, and is not there, is found to have vanished.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -18,7 +19,7 @@ use rustc_hash::FxHashMap;
 use crate::digest::Digest;
 use crate::rows::namespace::{Chosen, Namespace};
 use crate::rows::record::{self, Kind, SEGMENT_HEADER};
-use crate::rows::segment::{self, SegmentId};
+use crate::rows::segment::{self, SegmentId, Taking};
 use crate::steps::synced;
 use crate::store::{Access, temporary_in};
 use crate::{Result, StoreError};
@@ -41,12 +42,10 @@ pub(super) fn compactions(folder: &Path) -> Result<u64> {
     }
 }
 
-/// Takes the lock of compactions; `None` while another has it. Where the disk has no locks nobody gets it.
-pub(super) fn lock(folder: &Path) -> Result<Option<File>> {
+/// Takes the lock of compactions. It is gone when the whole namespace is.
+pub(super) fn lock(folder: &Path) -> Result<Taking> {
     let path = folder.join(LOCK);
-    let file = OpenOptions::new().append(true).create(true).open(&path);
-    let file = file.map_err(StoreError::while_doing("open the lock", &path))?;
-    Ok(segment::take(&file, &path)?.then_some(file))
+    segment::take(OpenOptions::new().append(true).create(true).open(&path), &path)
 }
 
 impl Namespace {
@@ -63,7 +62,13 @@ impl Namespace {
     }
 
     /// Forgets which rows failed, and why; returns whether it could look at all segments.
+    ///
+    /// # Errors
+    /// [`StoreError::NoLocks`]; what is read or written fails.
     pub fn drop_failures(&mut self) -> Result<bool> {
+        if matches!(lock(&self.folder)?, Taking::Unknown) {
+            return Err(StoreError::NoLocks { path: self.folder.clone() });
+        }
         let all = segment::list(&self.folder)?;
         Ok(self.merge(all.iter().map(|(id, _)| id.clone()).collect(), false)? == all.len())
     }
@@ -75,11 +80,11 @@ impl Namespace {
         if ids.is_empty() {
             return Ok(0);
         }
-        let Some(mut lock) = lock(&self.folder)? else { return Ok(0) };
+        let Taking::Taken(mut lock) = lock(&self.folder)? else { return Ok(0) };
         self.remove_leftovers();
         let mut closed: Vec<(SegmentId, File)> = Vec::new();
         for id in ids {
-            if let Some(file) = segment::lock_closed(&self.folder, &id)? {
+            if let Taking::Taken(file) = segment::lock_closed(&self.folder, &id)? {
                 closed.push((id, file));
             }
         }

@@ -40,6 +40,7 @@ pub(crate) use held::HeldRows;
 pub use namespace::{Entry, Namespace, RowRef, RowStats};
 pub use transfer::Imported;
 
+use crate::rows::segment::{SegmentId, Taking};
 use crate::store::{Access, Store, host_name};
 use crate::{Result, StoreError};
 
@@ -102,20 +103,20 @@ impl RowStore {
         Namespace::open(self.folder.join(name), self.index.join(format!("{name}.idx")), self.access)
     }
 
-    /// Removes a namespace; returns whether all of it could go: what is being written at this moment stays.
+    /// Removes a namespace, once a compaction under way has ended; returns whether all of it could go: what is being
+    /// written at this moment, and what was claimed to be computed, stays.
+    ///
+    /// # Errors
+    /// [`StoreError::NoLocks`]; something cannot be removed.
     pub fn drop_namespace(&self, name: &str) -> Result<bool> {
         self.namespace(name)?.remove_all()
     }
 }
 
-/// Whether somebody writes a segment of the namespace in this folder.
-pub(crate) fn is_being_written(folder: &Path) -> Result<bool> {
-    for (id, _) in segment::list(folder)? {
-        if segment::lock_closed(folder, &id)?.is_none() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// Whether somebody may be writing a segment of the namespace in this folder.
+pub(crate) fn may_be_written(folder: &Path) -> bool {
+    let closed = |id: &SegmentId| matches!(segment::lock_closed(folder, id), Ok(Taking::Taken(_) | Taking::Gone));
+    segment::list(folder).map_or(true, |all| !all.iter().all(|(id, _)| closed(id)))
 }
 
 fn is_name(name: &str) -> bool {

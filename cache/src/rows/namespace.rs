@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
@@ -12,13 +13,15 @@ use crate::gc;
 use crate::rows::claims::Claims;
 use crate::rows::compact;
 use crate::rows::record::{self, Kind};
-use crate::rows::segment::{self, Writer};
-use crate::rows::view::{Vanished, View};
+use crate::rows::segment::{self, Taking, Writer};
+use crate::rows::view::{self, Vanished, View};
 use crate::store::Access;
 use crate::{Result, StoreError};
 
 /// Segments that vanish this often before they are opened have another reason than compaction.
 const LOOKS: usize = 100;
+/// Between two looks whether a compaction has ended.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// An open namespace. It holds open files, and a lock on the segment that it writes, until it is dropped.
 #[derive(Debug)]
@@ -258,11 +261,7 @@ impl Namespace {
     /// A segment of the view and where it is; `None` if it is gone.
     fn segment_file(&self, segment: usize) -> Result<Option<(fs::File, PathBuf)>> {
         let Some(path) = self.view.path(segment) else { return Ok(None) };
-        match fs::File::open(&path) {
-            Ok(file) => Ok(Some((file, path))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(StoreError::io("open", &path, error)),
-        }
+        Ok(view::open(&path)?.map(|file| (file, path)))
     }
 
     /// Removes every segment that nobody writes, and the index; returns whether that was all.
@@ -270,18 +269,26 @@ impl Namespace {
         if self.access == Access::Read {
             return Err(StoreError::OpenedForReading { root: self.folder.clone() });
         }
-        if !self.folder.exists() {
-            return Ok(true);
-        }
-        let Some(_lock) = compact::lock(&self.folder)? else { return Ok(false) };
+        let no_locks = || StoreError::NoLocks { path: self.folder.clone() };
+        let _lock = loop {
+            match compact::lock(&self.folder)? {
+                Taking::Taken(lock) => break lock,
+                Taking::Others => std::thread::sleep(LOOK),
+                Taking::Gone if !self.folder.exists() => return Ok(true),
+                Taking::Gone => {}
+                Taking::Unknown => return Err(no_locks()),
+            }
+        };
         let mut all = true;
         for (id, _) in segment::list(&self.folder)? {
             match segment::lock_closed(&self.folder, &id)? {
-                Some(_lock) => {
+                Taking::Taken(_lock) => {
                     let path = id.path(&self.folder);
                     fs::remove_file(&path).map_err(StoreError::while_doing("remove", &path))?;
                 }
-                None => all = false,
+                Taking::Others => all = false,
+                Taking::Gone => {}
+                Taking::Unknown => return Err(no_locks()),
             }
         }
         self.view.forget_index();

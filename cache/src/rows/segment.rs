@@ -71,46 +71,51 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<(SegmentId, u64)>> {
     Ok(segments)
 }
 
-/// Takes the lock of a segment that nobody writes; `None` while somebody does, or if it is gone.
-pub(crate) fn lock_closed(folder: &Path, id: &SegmentId) -> Result<Option<File>> {
-    let path = id.path(folder);
-    // NFS locks only what may be written; another user's segment is locked as far as the disk allows.
-    let writable = OpenOptions::new().read(true).write(true).open(&path);
-    let file = match writable.or_else(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => File::open(&path),
-        _ => Err(error),
-    }) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(StoreError::io("open", &path, error)),
-    };
-    Ok(take(&file, &path)?.then_some(file))
-}
-
-/// Takes the lock of the file at `path`. `false` if another has it, if the file is no longer there, or if the disk has
-/// no such locks: then nobody can know that a segment is closed, and none is removed.
-pub(crate) fn take(file: &File, path: &Path) -> Result<bool> {
-    Ok(try_lock(file, path)? == Lock::Taken && is_at(file, path))
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lock {
-    Taken,
+/// What came of taking a lock.
+#[derive(Debug)]
+pub(crate) enum Taking {
+    Taken(File),
+    /// Another has it.
     Others,
-    /// The disk has no such locks, as NFS and Lustre may be mounted.
+    /// The file is gone.
+    Gone,
+    /// The disk has no such locks, as NFS and Lustre may be mounted: nobody can know who writes.
     Unknown,
 }
 
-fn try_lock(file: &File, path: &Path) -> Result<Lock> {
+/// Takes the lock of a segment that nobody writes.
+pub(crate) fn lock_closed(folder: &Path, id: &SegmentId) -> Result<Taking> {
+    let path = id.path(folder);
+    // NFS locks only what may be written; another user's segment is locked as far as the disk allows.
+    let writable = OpenOptions::new().read(true).write(true).open(&path);
+    let file = writable.or_else(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => File::open(&path),
+        _ => Err(error),
+    });
+    take(file, &path)
+}
+
+/// Takes the lock of a file that was opened at `path`.
+pub(crate) fn take(file: io::Result<File>, path: &Path) -> Result<Taking> {
+    let file = match file {
+        Err(error) if is_gone(&error) => return Ok(Taking::Gone),
+        file => file.map_err(StoreError::while_doing("open", path))?,
+    };
     loop {
-        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(Lock::Taken),
-            Err(Errno::WOULDBLOCK) => return Ok(Lock::Others),
-            Err(Errno::NOLCK | Errno::NOTSUP | Errno::NOSYS | Errno::BADF) => return Ok(Lock::Unknown),
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) if is_at(&file, path) => return Ok(Taking::Taken(file)),
+            Ok(()) => return Ok(Taking::Gone),
+            Err(Errno::WOULDBLOCK) => return Ok(Taking::Others),
+            Err(Errno::NOLCK | Errno::NOTSUP | Errno::NOSYS | Errno::BADF) => return Ok(Taking::Unknown),
             Err(Errno::INTR) => {}
             Err(error) => return Err(StoreError::io("lock", path, error.into())),
         }
     }
+}
+
+/// Removed; by another host (`ESTALE`) an open file too.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle)
 }
 
 /// Brings a segment to the disk if the kernel may not have done so by itself; returns whether it did. One that is gone
@@ -123,7 +128,7 @@ pub(crate) fn sync_if_recent(path: &Path) -> Result<bool> {
     }
     match File::open(path).and_then(|file| file.sync_data()) {
         Ok(()) => synced(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if is_gone(&error) => return Ok(false),
         Err(error) => return Err(StoreError::io("sync", path, error)),
     }
     Ok(true)
@@ -168,7 +173,8 @@ impl Writer {
             };
             // Between creation and lock a compaction may have taken the empty file for a dead one's. Where there are no
             // locks there are no compactions.
-            if try_lock(&file, &path)? == Lock::Others || !is_at(&file, &path) {
+            let lock = file.try_clone().map_err(StoreError::while_doing("open", &path))?;
+            if matches!(take(Ok(lock), &path)?, Taking::Others | Taking::Gone) {
                 continue;
             }
             let length = SEGMENT_HEADER.len() as u64;

@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::rows::compact::compactions;
 use crate::rows::index::{Covered, Index, Place};
 use crate::rows::record::{self, Kind, RECORD_HEADER};
-use crate::rows::segment::{self, SegmentId};
+use crate::rows::segment::{self, SegmentId, is_gone};
 use crate::{Result, StoreError};
 
 /// Records that lie closer than this are read in one go.
@@ -143,7 +143,7 @@ impl View {
         let index = &mut self.index;
         let known = &mut self.segments[number];
         let path = known.id.path(&self.folder);
-        let Some(file) = open(&mut known.file, &path)? else { return Ok(false) };
+        let Some(file) = opened(&mut known.file, &path)? else { return Ok(false) };
         let see = |offset, header: record::Header| {
             if header.kind == Kind::Result
                 && let Some(place) = Place::new(number, offset)
@@ -218,7 +218,7 @@ impl View {
         let known = &mut self.segments[first.segment()];
         let path = known.id.path(&self.folder);
         let failed = |error| StoreError::io("read", &path, error);
-        let Some(file) = open(&mut known.file, &path)? else { return Ok(Err(Vanished)) };
+        let Some(file) = opened(&mut known.file, &path)? else { return Ok(Err(Vanished)) };
         let start = first.offset();
         buffer.resize((last.offset() - start + PEEK) as usize, 0);
         let filled = match read_up_to(file, buffer, start) {
@@ -235,7 +235,10 @@ impl View {
                 record::payload(bytes, &header).map(<[u8]>::to_vec)
             } else {
                 let mut long = vec![0; header.record_bytes()];
-                let filled = read_up_to(file, &mut long, place.offset()).map_err(failed)?;
+                let filled = match read_up_to(file, &mut long, place.offset()) {
+                    Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
+                    filled => filled.map_err(failed)?,
+                };
                 record::payload(&long[..filled], &header).map(<[u8]>::len).map(|_| long.split_off(RECORD_HEADER))
             };
             if payload.is_none() {
@@ -283,10 +286,12 @@ impl View {
         let mut broken = 0;
         for (number, known) in self.segments.iter().enumerate() {
             let path = known.id.path(&self.folder);
-            let mut slot = None;
-            let Some(file) = open(&mut slot, &path)? else { return Ok(Err(Vanished)) };
-            let scanned = record::scan(file, 0, |place, header| see(number, place, header));
-            broken += u64::from(scanned.map_err(StoreError::while_doing("read", &path))?.passed_over > 0);
+            let Some(file) = open(&path)? else { return Ok(Err(Vanished)) };
+            let scanned = match record::scan(&file, 0, |place, header| see(number, place, header)) {
+                Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
+                scanned => scanned.map_err(StoreError::while_doing("read", &path))?,
+            };
+            broken += u64::from(scanned.passed_over > 0);
         }
         Ok(Ok(broken))
     }
@@ -315,20 +320,20 @@ fn length_of_go(rest: &[(Place, u32)]) -> usize {
 }
 
 /// The segment's file, opened on first use; `None` if it is gone.
-fn open<'a>(slot: &'a mut Option<File>, path: &Path) -> Result<Option<&'a File>> {
-    match slot {
-        Some(file) => Ok(Some(file)),
-        empty => match File::open(path) {
-            Ok(file) => Ok(Some(empty.insert(file))),
-            Err(error) if is_gone(&error) => Ok(None),
-            Err(error) => Err(StoreError::io("open", path, error)),
-        },
+fn opened<'a>(slot: &'a mut Option<File>, path: &Path) -> Result<Option<&'a File>> {
+    if slot.is_none() {
+        *slot = open(path)?;
     }
+    Ok(slot.as_ref())
 }
 
-/// Removed; by another host (`ESTALE`) an open file too.
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle)
+/// A segment's file; `None` if it is gone.
+pub(super) fn open(path: &Path) -> Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(StoreError::io("open", path, error)),
+    }
 }
 
 /// Fills as much of `buffer` as the file has from `place` on.
