@@ -52,21 +52,30 @@ struct Given {
 impl Given {
     fn read(path: &Path, help: &str) -> Result<Self, StageError> {
         let text = text::read(path)?;
-        // serde would take a list for the fields in their order.
-        let kind = match serde_json::from_str(&text) {
-            Ok(Value::Object(_)) | Err(_) => None,
-            Ok(Value::Array(_)) => Some("a list"),
-            Ok(Value::String(_)) => Some("a single text"),
-            Ok(_) => Some("a single value"),
+        let value = serde_json::from_str(&text).ok();
+        let kind = match &value {
+            None | Some(Value::Object(_)) => None,
+            Some(Value::Array(_)) => Some("a list"),
+            Some(Value::String(_)) => Some("a single text"),
+            Some(_) => Some("a single value"),
         };
         if let Some(kind) = kind {
             let message = format!("{kind} instead of an object of texts, such as {{\"tid_extraction\": \"…\"}}");
             return Err(StageError::input(path, message).help(format!("give all or some of {TEXTS}: {help}")));
         }
-        serde_json::from_str(&text).map_err(|e| match text::json_error(path, &e, "a file of prompts") {
+        let given = serde_json::from_str(&text).map_err(|e| match text::json_error(path, &e, "a file of prompts") {
             error if e.is_data() => error.help(help),
             error => error,
-        })
+        })?;
+        // serde takes a list for the fields in their order.
+        let list = value.as_ref().and_then(Value::as_object).into_iter().flatten().find(|(_, entry)| entry.is_array());
+        match list {
+            None => Ok(given),
+            Some((name, _)) => {
+                let message = format!("`{name}` is a list instead of an object, such as {{\"instruction\": \"…\"}}");
+                Err(StageError::input(path, message).help(help))
+            }
+        }
     }
 }
 
@@ -245,6 +254,11 @@ mod tests {
         let expected =
             "p.json:2: not a file of prompts: invalid type: string \"Go on.\", expected an object with the text";
         assert!(error.contains(expected) && help.starts_with("docs/data.md"), "{error} {help}");
+        for text in [r#"{"sft_rec": ["Go on."]}"#, r#"{"sft_rec": null, "sft_meta2tid": ["a", "b"]}"#] {
+            let (error, help) = refused(text);
+            assert!(error.contains("` is a list instead of an object") && help.starts_with("docs/data.md"), "{error}");
+        }
+        assert!(refused(r#"{"tid_extraction": ["a"]}"#).0.contains("invalid type: sequence, expected a string"));
         assert!(refused(r#"{"tid_extraction": 1}"#).0.contains("invalid type: integer `1`, expected a string"));
         assert!(refused("{").1.contains("cut off"));
     }

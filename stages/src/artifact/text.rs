@@ -1,4 +1,4 @@
-//! What all readers of text artifacts share: opening a file with errors that a user understands.
+//! What all readers of text artifacts share: opening a file with errors that a user understands, and showing a text.
 
 use std::{fs, io, path::Path};
 
@@ -50,6 +50,14 @@ pub fn json_error(path: &Path, error: &serde_json::Error, what: &str) -> StageEr
     }
 }
 
+/// The beginning of a text, of at most so many characters and a mark where it goes on: how messages show it.
+pub fn beginning(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
 /// Whether Python's `str.split()` separates words at `c`: Unicode white space and the four information separators.
 pub fn is_python_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
@@ -67,6 +75,11 @@ mod tests {
         fs::write(&path, b"good\nb\xffad\n").unwrap();
         assert!(read(&path).unwrap_err().to_string().ends_with("x.txt:2: not UTF-8 text"));
         assert!(read(folder.path()).unwrap_err().to_string().ends_with("a folder, where a file is expected"));
+    }
+
+    #[test]
+    fn a_long_text_is_shown_by_its_beginning() {
+        assert_eq!(["", "été", "étés"].map(|text| beginning(text, 3)), ["", "été", "été…"]);
     }
 
     #[test]

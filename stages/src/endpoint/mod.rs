@@ -8,25 +8,26 @@
 //! | 400, 413, 415, 422 | this request has failed; the others go on |
 //! | 401, 403, 404 and other refusals, a redirect | a mistake in the parameters: all end, and the stage is not tried again |
 //! | as many requests in a row as are under way at once have failed for good without an answer (429 and 502 to 504 are none) | the server is taken to be down: all end |
-//! | failed rows end the stage, and no request had an answer of use | told as the server's fault ([`Endpoint::explain`]) |
+//! | failed rows end the stage, no request had an answer of use, and none is known from earlier | told as the server's fault ([`Endpoint::conclude`]) |
 //! | a stop | all end, those too that are under way |
 //!
 //! The key stands in the one header that is sent, and is blanked in every message.
 
 use std::{
-    fmt, io,
+    fmt,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc::Sender},
     time::{Duration, Instant, SystemTime},
 };
 
 use serde_json::{Map, Value};
-use ureq::{Agent, Timeout};
+use ureq::Agent;
 
 use crate::{
-    StageError, StopFlag,
-    rows::{Notes, RowFailure},
+    StageContext, StageError, StopFlag,
+    rows::{Notes, RowFailure, RowJob, Rows},
 };
 
+pub(crate) mod lost;
 mod redact;
 pub(crate) mod retry;
 #[cfg(test)]
@@ -37,14 +38,17 @@ mod tally;
 #[cfg(test)]
 mod tests;
 
-use retry::{Delays, Pause, retry_after};
-pub use settings::{Settings, concurrency, retries, secret, timeout};
+use lost::{Lost, lost};
+use retry::{Delays, Pause, RetryAfter, retry_after};
+pub use settings::{Request, Settings, concurrency, retries, secret, timeout};
 use tally::{NO_CONNECTION, NOT_JSON, OTHER_ANSWER, TOO_LATE, Tally};
 
 /// An answer larger than this is not one.
 const LARGEST_ANSWER: u64 = 256 << 20;
 /// How often a waiting request looks whether it should stop.
 const NAP: Duration = Duration::from_millis(50);
+/// Rows that are looked for at a time among those known.
+const LOOKED_UP: usize = 256;
 /// Characters of a server's message that are shown.
 const SHOWN: usize = 300;
 
@@ -94,7 +98,7 @@ pub struct Endpoint {
 
 /// One try that did not succeed.
 enum Miss {
-    Again { reason: String, message: String, wait: Option<Duration>, answered: bool },
+    Again { reason: String, message: String, wait: Option<RetryAfter>, answered: bool },
     Request(String),
     All(StageError),
 }
@@ -238,20 +242,39 @@ impl Endpoint {
     }
 
     /// What became of all requests, in words, where there is something to tell.
-    pub fn report(&self) -> Option<String> {
+    fn report(&self) -> Option<String> {
         locked(&self.tally).report(&self.address)
     }
 
-    /// How a job ended that this server was asked for. Where too many rows failed because it had an answer of use to no
-    /// request, what helps has to do with the server, and not with the rows.
+    /// How a job ended that this server was asked for; tells what became of all requests. Where too many rows failed
+    /// because there never was an answer of use, what helps has to do with the server, and not with the rows.
     ///
     /// # Errors
     /// As `outcome`.
-    pub fn explain<T>(&self, outcome: Result<T, StageError>) -> Result<T, StageError> {
-        outcome.map_err(|error| match (error, locked(&self.tally).fault(&self.address)) {
+    pub fn conclude(
+        &self,
+        cx: &mut StageContext,
+        job: &RowJob,
+        outcome: Result<Rows, StageError>,
+    ) -> Result<Rows, StageError> {
+        let answered_earlier = match &outcome {
+            Ok(rows) => rows.known() > 0,
+            Err(_) => locked(&self.tally).is_in_vain() && is_any_known(cx, job),
+        };
+        if answered_earlier {
+            locked(&self.tally).answered_earlier();
+        }
+        if let Some(report) = self.report() {
+            cx.info(report);
+        }
+        outcome.map_err(|error| self.explain(error))
+    }
+
+    fn explain(&self, error: StageError) -> StageError {
+        match (error, locked(&self.tally).fault(&self.address)) {
             (error @ StageError::FailedRows { .. }, Some(fault)) => error.help(fault),
             (error, _) => error,
-        })
+        }
     }
 
     fn with_extra(&self, mut body: Map<String, Value>) -> Map<String, Value> {
@@ -324,23 +347,15 @@ impl Endpoint {
 
     /// A request that got no whole answer.
     fn lost(&self, url: &str, error: ureq::Error) -> Miss {
-        use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
-        let seconds = |limit: Duration| format!("within {} s", limit.as_secs_f64());
-        let (reason, what) = match &error {
-            ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
-                (NO_CONNECTION, format!("no connection {}", seconds(self.settings.timeout_to_connect())))
+        let (reason, what) = match lost(&error, self.settings.timeout_to_connect()) {
+            Lost::NoConnection(what) => (NO_CONNECTION, what),
+            Lost::TooLate => (TOO_LATE, format!("no whole answer within {} s", self.settings.timeout)),
+            Lost::BrokenOff(what) | Lost::NoTls(what) | Lost::NoHttp(what) => {
+                ("half an answer or none", format!("the connection broke: {what}"))
             }
-            ureq::Error::Timeout(_) => (TOO_LATE, format!("no whole answer {}", seconds(self.settings.timeout()))),
-            ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (NO_CONNECTION, error.to_string()),
-            ureq::Error::Io(cause)
-                if matches!(cause.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable) =>
-            {
-                (NO_CONNECTION, format!("no connection: {cause}"))
+            Lost::Address(what) | Lost::Other(what) => {
+                return Miss::All(StageError::Network { message: format!("{url}: {what}"), help: None });
             }
-            ureq::Error::Io(_) | ureq::Error::Protocol(_) | ureq::Error::BodyStalled | ureq::Error::Decompress(..) => {
-                ("half an answer or none", format!("the connection broke: {error}"))
-            }
-            _ => return Miss::All(StageError::Network { message: format!("{url}: {error}"), help: None }),
         };
         Miss::Again { reason: reason.to_owned(), message: format!("{url}: {what}"), wait: None, answered: false }
     }
@@ -370,16 +385,14 @@ impl Endpoint {
     }
 
     /// Waits before the next try; a wait that the server asked for, `message` with it, holds all requests back.
-    fn back_off(&self, attempt: u32, asked: Option<Duration>, message: &str) -> Result<(), CallError> {
+    fn back_off(&self, attempt: u32, asked: Option<RetryAfter>, message: &str) -> Result<(), CallError> {
         let now = Instant::now();
-        if let Some(wait) = asked
-            && locked(&self.pause).extend(wait, now)
+        if let Some(asked) = &asked
+            && locked(&self.pause).extend(asked.wait, now)
         {
-            let seconds = wait.as_secs_f64().ceil();
-            let note = format!("{message}; the server asks to wait {seconds} s: all requests wait until then");
-            locked(&self.notes).warn(note);
+            locked(&self.notes).warn(format!("{message}; {asked}"));
         }
-        let until = now + asked.unwrap_or_else(|| self.delays.after(attempt));
+        let until = now + asked.map_or_else(|| self.delays.after(attempt), |asked| asked.wait);
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             self.check_end()?;
             std::thread::sleep(left.min(NAP));
@@ -417,6 +430,15 @@ impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Endpoint({})", self.address)
     }
+}
+
+/// Whether a row of the job was answered earlier. Where that cannot be found out, nobody is blamed.
+fn is_any_known(cx: &mut StageContext, job: &RowJob) -> bool {
+    let mut memo = cx.take_rows();
+    let mut pieces = job.keys.chunks(LOOKED_UP).map(|keys| memo.look_up(&job.namespace, keys));
+    let none = pieces.all(|found| found.is_ok_and(|found| found.iter().all(Option::is_none)));
+    cx.put_rows(memo);
+    !none
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

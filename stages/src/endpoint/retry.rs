@@ -1,6 +1,9 @@
 //! When a request is tried again: later and later, with some chance in it, or when the server says.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    fmt,
+    time::{Duration, Instant, SystemTime},
+};
 
 use rand::Rng;
 
@@ -59,14 +62,34 @@ impl Pause {
     }
 }
 
-/// The wait that a `Retry-After` header asks for: seconds, or a date.
-pub fn retry_after(header: Option<&str>, now: SystemTime) -> Option<Duration> {
+/// A wait that a server asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryAfter {
+    asked: Duration,
+    /// How long is waited.
+    pub wait: Duration,
+}
+
+impl fmt::Display for RetryAfter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = |wait: Duration| wait.as_secs_f64().ceil();
+        write!(f, "the server asks to wait {} s: all requests wait ", seconds(self.asked))?;
+        if self.asked > self.wait {
+            write!(f, "{} s, the longest that is waited", seconds(self.wait))
+        } else {
+            f.write_str("until then")
+        }
+    }
+}
+
+/// What a `Retry-After` header asks for: seconds, or a date.
+pub fn retry_after(header: Option<&str>, now: SystemTime) -> Option<RetryAfter> {
     let text = header?.trim();
-    let wait = match text.parse::<f64>() {
+    let asked = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).ok()?,
         Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default(),
     };
-    Some(wait.min(LONGEST_ASKED))
+    Some(RetryAfter { asked, wait: asked.min(LONGEST_ASKED) })
 }
 
 #[cfg(test)]
@@ -101,12 +124,21 @@ mod tests {
     #[test]
     fn seconds_and_dates() {
         let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
-        let asked = |header| retry_after(header, now).map(|wait| wait.as_millis());
+        let asked = |header| retry_after(header, now).map(|asked| asked.wait.as_millis());
         assert_eq!(asked(Some("7")), Some(7000));
         assert_eq!(asked(Some(" 0.25 ")), Some(250));
         assert_eq!(asked(Some("Sun, 06 Nov 1994 08:50:37 GMT")), Some(60_000));
         assert_eq!(asked(Some("Sun, 06 Nov 1994 08:48:37 GMT")), Some(0));
         assert_eq!(asked(Some("1000000")), Some(900_000));
         assert_eq!((asked(None), asked(Some("soon")), asked(Some("-1"))), (None, None, None));
+    }
+
+    #[test]
+    fn a_wait_that_is_cut_short_says_what_was_asked_for() {
+        let said = |header| retry_after(Some(header), SystemTime::UNIX_EPOCH).unwrap().to_string();
+        assert_eq!(said("900"), "the server asks to wait 900 s: all requests wait until then");
+        let cut = "the server asks to wait 3600 s: all requests wait 900 s, the longest that is waited";
+        assert_eq!(said("3600"), cut);
+        assert_eq!(said("Thu, 01 Jan 1970 01:00:00 GMT"), cut);
     }
 }

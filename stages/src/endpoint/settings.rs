@@ -31,6 +31,15 @@ impl Default for Settings {
     }
 }
 
+/// What a server is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// `/chat/completions`.
+    Chat,
+    /// `/embeddings`.
+    Embeddings,
+}
+
 /// The variable of a server's key, as [`crate::Stage::secrets`] names it; `at` is where the settings stand. What is no
 /// name may be the key itself, and is told nobody.
 pub fn secret(at: &str, api_key_env: Option<&str>) -> BTreeMap<String, String> {
@@ -64,15 +73,23 @@ pub fn retries() -> u32 {
 
 /// Why a field may not stand in `extra_body`: the stage decides it, and its results are kept by what it decided, or it
 /// could not read the answer.
-fn decided(path: &str, name: &str, value: &Value) -> Option<ParamIssue> {
+fn decided(request: Request, path: &str, name: &str, value: &Value) -> Option<ParamIssue> {
     let is_usual = |usual: Value| value.is_null() || *value == usual;
+    let (own, other) = ("the stage's own", "not of this request");
     let (why, help) = match name {
-        "model" if !value.is_null() => ("the stage's own", format!("name the server's model by `{path}.model`")),
-        "messages" => (
-            "the stage's own",
-            "they are made of each item and of the text `tid_extraction` at the port `prompts`".to_owned(),
-        ),
-        "input" => ("the stage's own", "it is the items' texts; `prefix` is what each of them begins with".to_owned()),
+        "model" if !value.is_null() => (own, format!("name the server's model by `{path}.model`")),
+        "messages" => match request {
+            Request::Chat => {
+                (own, "they are made of each item and of the text `tid_extraction` at the port `prompts`".to_owned())
+            }
+            Request::Embeddings => (other, "leave it out: the items' texts are sent as `input`".to_owned()),
+        },
+        "input" => match request {
+            Request::Chat => (other, "leave it out: what is asked is sent as `messages`".to_owned()),
+            Request::Embeddings => {
+                (own, "it is the items' texts; `prefix` is what each of them begins with".to_owned())
+            }
+        },
         "stream" if !is_usual(false.into()) => {
             ("not to be set: an answer is read as a whole", "leave it out".to_owned())
         }
@@ -87,9 +104,9 @@ fn decided(path: &str, name: &str, value: &Value) -> Option<ParamIssue> {
 }
 
 impl Settings {
-    /// Mistakes in these settings and in the server's address, under `path`. Without an address, no server is asked,
-    /// and settings that only make sense with one are mistakes.
-    pub fn check(&self, path: &str, address: Option<&str>) -> Vec<ParamIssue> {
+    /// Mistakes in these settings of `request` and in the server's address, under `path`. Without an address, no server
+    /// is asked, and settings that only make sense with one are mistakes.
+    pub fn check(&self, request: Request, path: &str, address: Option<&str>) -> Vec<ParamIssue> {
         let mut issues = Vec::new();
         let mut issue = |name: &str, message: &str| issues.push(ParamIssue::new(format!("{path}.{name}"), message));
         let Some(address) = address else {
@@ -129,7 +146,7 @@ impl Settings {
         if self.api_key_env.as_ref().is_some_and(|name| !is_name(name)) {
             issue("api_key_env", "must be the name of an environment variable, not the key");
         }
-        issues.extend(self.extra_body.iter().filter_map(|(name, value)| decided(path, name, value)));
+        issues.extend(self.extra_body.iter().filter_map(|(name, value)| decided(request, path, name, value)));
         issues
     }
 

@@ -11,6 +11,8 @@ pub const OTHER_ANSWER: &str = "another answer than was asked for";
 #[derive(Debug, Default)]
 pub struct Tally {
     answered: usize,
+    /// There are answers from earlier, of this server or of another with the same model.
+    answered_earlier: bool,
     /// For good, those refused among them.
     failed: usize,
     refused: usize,
@@ -26,6 +28,10 @@ impl Tally {
     pub fn answered(&mut self) {
         self.silent = 0;
         self.answered += 1;
+    }
+
+    pub fn answered_earlier(&mut self) {
+        self.answered_earlier = true;
     }
 
     /// The server had an answer, though of no use: it runs.
@@ -84,8 +90,10 @@ impl Tally {
         ))
     }
 
-    fn is_in_vain(&self) -> bool {
-        self.answered == 0 && self.refused == 0 && self.failed > 0
+    /// Requests failed, and nothing shows that others would not. Where there are answers from earlier, those are left
+    /// that had none: they may all be rows over which the server stumbles.
+    pub fn is_in_vain(&self) -> bool {
+        self.answered == 0 && !self.answered_earlier && self.refused == 0 && self.failed > 0
     }
 
     /// What became of all requests, in words, where there is something to tell.

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -12,13 +12,13 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    CallError, Endpoint, Settings,
+    CallError, Endpoint, Request, Settings,
     server::{Reply, Server},
 };
 use crate::{
     Failure, StageContext, StageError, StopFlag, WorkerEvent,
     event::LogLevel,
-    rows::{self, RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
+    rows::{self, MemoryMemo, RowDevice, RowFunction, RowJob, RowRecipe, RowResult},
     testing,
 };
 
@@ -275,11 +275,14 @@ fn nobody_there_is_told_from_half_an_answer() {
     assert!(report.contains("1 failed; 3 tried again (3 × no connection)"), "{report}");
     // The longest wait for a connection, and not that for the answer.
     let slow = endpoint("http://x/v1", Settings { timeout: 90.0, ..settings() });
-    let super::Miss::Again { message, reason, .. } = slow.lost("u", ureq::Error::Timeout(ureq::Timeout::Connect))
-    else {
-        panic!()
-    };
-    assert_eq!((reason.as_str(), message.as_str()), ("no connection", "u: no connection within 20 s"));
+    let lookup = "failed to lookup address information: Name or service not known";
+    for (error, wanted) in [
+        (ureq::Error::Timeout(ureq::Timeout::Connect), "u: no connection within 20 s".to_owned()),
+        (ureq::Error::Io(std::io::Error::other(lookup)), format!("u: no connection: {lookup}")),
+    ] {
+        let super::Miss::Again { message, reason, answered: false, .. } = slow.lost("u", error) else { panic!() };
+        assert_eq!((reason.as_str(), message), ("no connection", wanted));
+    }
 }
 
 fn endpoint_without_server() -> Endpoint {
@@ -334,26 +337,42 @@ impl RowFunction for Asking<'_> {
 
 #[test]
 fn a_long_pause_is_told_while_it_lasts() {
-    let no_credit = json!({"error": {"message": "no credit left"}});
-    let server = Server::start(move |_| Reply::Status(429, "retry-after: 600", no_credit.clone()));
+    let (no_credit, under_way) = (json!({"error": {"message": "no credit left"}}), AtomicUsize::new(0));
+    let server = Server::start(move |_| {
+        under_way.fetch_add(1, Ordering::Relaxed);
+        // One that is answered holds back those that are not sent yet.
+        while under_way.load(Ordering::Relaxed) < 4 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Reply::Status(429, "retry-after: 600", no_credit.clone())
+    });
     let (stop, warnings): (StopFlag, Arc<Mutex<Vec<String>>>) = Default::default();
-    let (stopping, heard) = (stop.clone(), Arc::clone(&warnings));
+    let heard = Arc::clone(&warnings);
     let sink = move |event| {
         if let WorkerEvent::Log { level: LogLevel::Warn, message } = event {
             heard.lock().unwrap().push(message);
-            stopping.stop();
         }
     };
     let nothing = BTreeMap::new;
-    let mut cx = StageContext::new(nothing(), nothing(), Default::default(), 1, vec![], stop, sink);
+    let mut cx = StageContext::new(nothing(), nothing(), Default::default(), 1, vec![], stop.clone(), sink);
     let endpoint = Endpoint::new(&server.url(), settings(), cx.stop_flag());
     let keys = (0..4).map(|n| RowRecipe::new("asking", 1).row().text("n", &n.to_string()).key()).collect();
     let job = RowJob::new("asking", "item", keys).batch(1).requests(4);
-    let ended = rows::run(&mut cx, &job, |device: RowDevice| {
-        endpoint.tell_by(&device.notes);
-        Ok(Asking(&endpoint))
+    let all_wait = || endpoint.report().is_some_and(|report| report.contains("4 tried again (4 × status 429)"));
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !all_wait() || warnings.lock().unwrap().is_empty() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            stop.stop();
+        });
+        rows::run(&mut cx, &job, |device: RowDevice| {
+            endpoint.tell_by(&device.notes);
+            Ok(Asking(&endpoint))
+        })
     });
     assert!(matches!(ended, Err(StageError::Stopped)));
+    assert_eq!(server.seen().len(), 4);
     let told = format!(
         "{}/x: status 429: no credit left; the server asks to wait 600 s: all requests wait until then",
         server.url()
@@ -365,7 +384,7 @@ fn a_long_pause_is_told_while_it_lasts() {
 fn what_a_server_does_to_all_requests_is_told_as_its_fault() {
     let outcome = |endpoint: &Endpoint| {
         let rows = StageError::FailedRows { message: "2 of 2 items failed".into(), help: None };
-        let error = endpoint.explain::<()>(Err(rows.help("set `max_failed_rows`"))).unwrap_err();
+        let error = endpoint.explain(rows.help("set `max_failed_rows`"));
         assert_eq!((error.to_string().as_str(), error.failure()), ("2 of 2 items failed", Failure::FailedRows));
         error.help_text().unwrap().to_owned()
     };
@@ -418,6 +437,40 @@ fn stages_tell_a_server_s_fault() {
 }
 
 #[test]
+fn a_rerun_for_the_rows_that_have_no_answer_does_not_blame_the_server() {
+    let server = Server::start(|request| match request.body["n"].as_u64() {
+        Some(2 | 5) => Reply::Status(500, "", json!("oh")),
+        _ => Reply::Json(request.body.clone()),
+    });
+    let (memo, logs): (MemoryMemo, Arc<Mutex<Vec<String>>>) = Default::default();
+    let run = |may_fail| {
+        let heard = Arc::clone(&logs);
+        let sink = move |event| {
+            if let WorkerEvent::Log { message, .. } = event {
+                heard.lock().unwrap().push(message);
+            }
+        };
+        let (nothing, stop) = (BTreeMap::new, StopFlag::default());
+        let cx = StageContext::new(nothing(), nothing(), Default::default(), 1, vec![], stop, sink);
+        let mut cx = cx.with_rows(memo.clone());
+        let endpoint = endpoint(&server.url(), Settings { retries: 0, ..settings() });
+        let keys = (0..8).map(|n| RowRecipe::new("asking", 1).row().text("n", &n.to_string()).key()).collect();
+        let job = RowJob::new("asking", "item", keys).batch(1).requests(2).max_failed_rows(may_fail);
+        let outcome = rows::run(&mut cx, &job, |_: RowDevice| Ok(Asking(&endpoint)));
+        endpoint.conclude(&mut cx, &job, outcome).map_err(|error| error.help_text().unwrap().to_owned())
+    };
+    for _ in 0..2 {
+        let help = run(0).unwrap_err();
+        assert!(help.contains("set `max_failed_rows`"), "{help}");
+    }
+    assert_eq!(run(2).unwrap().failures().count(), 2);
+    assert_eq!(server.seen().len(), 8 + 2 + 2, "a rerun asks for the rest");
+    let told = std::mem::take(&mut *logs.lock().unwrap());
+    assert!(told.iter().any(|line| line.contains("0 requests answered, 2 failed")), "{told:?}");
+    assert!(!told.iter().any(|line| line.contains("fault")), "{told:?}");
+}
+
+#[test]
 fn a_redirect_is_a_mistake_that_says_where_to() {
     for status in [301, 307] {
         let server = Server::start(move |_| {
@@ -434,10 +487,11 @@ fn a_redirect_is_a_mistake_that_says_where_to() {
 
 #[test]
 fn fields_that_the_stage_decides_are_refused() {
-    let check = |field: &str, value: Value| {
+    let check_of = |request, field: &str, value: Value| {
         let extra_body = Map::from_iter([(field.to_owned(), value)]);
-        Settings { extra_body, ..settings() }.check("encoder", Some("http://h/v1"))
+        Settings { extra_body, ..settings() }.check(request, "encoder", Some("http://h/v1"))
     };
+    let check = |field: &str, value| check_of(Request::Embeddings, field, value);
     let refused = [
         ("model", json!("other")),
         ("messages", json!([])),
@@ -454,6 +508,17 @@ fn fields_that_the_stage_decides_are_refused() {
         assert!(issue.message.contains(&format!("`{field}` of `extra_body`")) && issue.help.is_some(), "{issue:?}");
     }
     assert!(check("model", json!("x"))[0].help.as_ref().unwrap().contains("`encoder.model`"));
+    // Each stage speaks of what it has.
+    for (request, field, why, help) in [
+        (Request::Chat, "messages", "the stage's own", "they are made of each item and of the text `tid_extraction`"),
+        (Request::Chat, "input", "not of this request", "leave it out: what is asked is sent as `messages`"),
+        (Request::Embeddings, "messages", "not of this request", "leave it out: the items' texts are sent as `input`"),
+        (Request::Embeddings, "input", "the stage's own", "it is the items' texts; `prefix` is what each"),
+    ] {
+        let issues = check_of(request, field, json!("x"));
+        let [issue] = issues.as_slice() else { panic!("{field}: {issues:?}") };
+        assert!(issue.message.ends_with(why) && issue.help.as_ref().unwrap().starts_with(help), "{issue:?}");
+    }
     let taken = [
         ("model", Value::Null),
         ("stream", json!(false)),
@@ -479,24 +544,28 @@ fn further_fields_are_added_and_taken_away() {
 
 #[test]
 fn addresses_and_settings_are_checked() {
-    let issues =
-        |address: &str| settings().check("extractor", Some(address)).into_iter().map(|i| i.path).collect::<Vec<_>>();
+    let issues = |address: &str| {
+        settings().check(Request::Chat, "extractor", Some(address)).into_iter().map(|i| i.path).collect::<Vec<_>>()
+    };
     assert!(issues("http://localhost:8000/v1").is_empty() && issues("https://host").is_empty());
     for wrong in ["localhost:8000", "ftp://x", "http://", "https://user:pass@host/v1", "https://h/v1?api_key=sk-1"] {
         assert_eq!(issues(wrong), ["extractor.endpoint"], "{wrong}");
     }
     let wrong = Settings { concurrency: 0, timeout: 0.0, retries: 1000, api_key_env: Some("a b".into()), ..settings() };
-    assert_eq!(wrong.check("e", Some("http://x/v1")).len(), 4);
-    let key =
-        Settings { api_key_env: Some("sk-1234567890abcdef".into()), ..settings() }.check("e", Some("http://x/v1"));
+    assert_eq!(wrong.check(Request::Chat, "e", Some("http://x/v1")).len(), 4);
+    let key = Settings { api_key_env: Some("sk-1234567890abcdef".into()), ..settings() }.check(
+        Request::Chat,
+        "e",
+        Some("http://x/v1"),
+    );
     assert!(key.len() == 1 && !format!("{key:?}").contains("sk-"), "{key:?}");
     assert!(
         super::secret("e", Some("sk-1234567890abcdef")).is_empty() && super::secret("e", Some("LLM_KEY")).len() == 1
     );
-    let meaningless = Settings { api_key_env: Some("KEY".into()), ..settings() }.check("e", None);
+    let meaningless = Settings { api_key_env: Some("KEY".into()), ..settings() }.check(Request::Chat, "e", None);
     let paths: Vec<&str> = meaningless.iter().map(|issue| issue.path.as_str()).collect();
     assert_eq!(paths, ["e.api_key_env", "e.concurrency", "e.timeout", "e.retries"]);
-    assert!(Settings::default().check("e", None).is_empty());
+    assert!(Settings::default().check(Request::Chat, "e", None).is_empty());
     let bare = Endpoint::new("http://localhost:8000", settings(), StopFlag::default());
     assert_eq!(format!("{bare:?}"), "Endpoint(http://localhost:8000/v1)");
 }

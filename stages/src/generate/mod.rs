@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::{
     Artifact, Compat, Input, Output, ParamIssue, Ports, Resources, Stage, StageContext, StageError,
-    artifact::{Holdout, Id2Meta, Ranking, Split, TID_LENGTH, TokenKind, UserId, jsonl},
+    artifact::{Holdout, Id2Meta, Ranking, Split, TID_LENGTH, TokenKind, UserId, jsonl, text},
     compute::{Dtype, PerDevice},
     lm::Layout,
     rows::{self, RowDevice, RowJob},
@@ -235,7 +235,8 @@ impl Stage for Generate {
         }
         out.finish()?;
         written.say(cx);
-        if short > 0 {
+        // Without a TID every list is empty, and that is told.
+        if short > 0 && !written.is_in_vain() {
             let all = work.queries.len();
             cx.warn(format!("{short} of {all} lists are shorter than {}, and {empty} are empty", params.top_n()));
         }
@@ -266,17 +267,19 @@ impl Written {
         }
     }
 
+    /// There are texts, and none holds a TID.
+    fn is_in_vain(&self) -> bool {
+        self.first.is_some() && self.valid == 0
+    }
+
     fn say(&self, cx: &mut StageContext) {
         let Some((user, text)) = &self.first else { return };
         let all = self.texts;
-        if self.valid > 0 {
+        if !self.is_in_vain() {
             cx.info(format!("{} of {all} texts hold a TID of the catalogue", self.valid));
             return;
         }
-        let shown = match text.char_indices().nth(Self::SHOWN) {
-            Some((end, _)) => format!("{}…", &text[..end]),
-            None => text.clone(),
-        };
+        let shown = text::beginning(text, Self::SHOWN);
         cx.warn(format!(
             "none of {all} texts holds a TID of the catalogue, and no list has an item; for user `{user}` the model wrote \
              {shown:?}: train it (longer), give it more `max_new_tokens`, or use `decoding: catalogue`, which writes nothing \

@@ -9,7 +9,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use ureq::{Agent, Body, Timeout, http::Response};
+use ureq::{Agent, Body, http::Response};
 
 use super::{
     fault::{Fault, Trouble},
@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     StageError,
-    endpoint::retry::{Delays, retry_after},
+    endpoint::{
+        lost::{Lost, lost},
+        retry::{Delays, retry_after},
+    },
 };
 
 /// Tries of a file. Its description is asked for less often: what is known from earlier may do as well.
@@ -108,7 +111,38 @@ impl Answer {
         let window = || {
             self.header("ratelimit").and_then(|text| text.split(';').find_map(|part| part.trim().strip_prefix("t=")))
         };
-        retry_after(self.header("retry-after").or_else(window), SystemTime::now())
+        let asked = retry_after(self.header("retry-after").or_else(window), SystemTime::now());
+        asked.map(|asked| asked.wait)
+    }
+
+    /// Writes its body behind the `have` bytes of the file `target` that are there, and says how many there are then, of
+    /// `size` in all.
+    fn append_to(
+        &mut self,
+        target: &Path,
+        mut have: u64,
+        size: u64,
+        progress: &mut dyn FnMut(u64) -> Result<(), StageError>,
+    ) -> Result<u64, Trouble> {
+        let own = |e| Trouble::Final(StageError::io("write", target, e));
+        let out = if have > 0 { OpenOptions::new().append(true).open(target) } else { File::create(target) };
+        let mut out = out.map_err(own)?;
+        let mut body = self.response.body_mut().as_reader();
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let count = body.read(&mut buffer).map_err(|e| {
+                let what = redirect::told(&self.asked, &self.from, format!("broke off at byte {have}: {e}"));
+                Trouble::passing(Fault::BrokenOff, what)
+            })?;
+            if count == 0 {
+                break;
+            }
+            out.write_all(&buffer[..count]).map_err(own)?;
+            have += count as u64;
+            progress(have.min(size)).map_err(Trouble::Final)?;
+        }
+        out.sync_all().map_err(own)?;
+        Ok(have)
     }
 
     /// `what`, with the place where it happened if that is another than was asked.
@@ -146,7 +180,7 @@ impl Client {
             Ok(())
         };
         let description: Description = self.tried(TRIES_TO_DESCRIBE, repository, &address, wait, || {
-            let mut answer = self.get(&address, 0)?;
+            let mut answer = self.get(&address, 0).map_err(Trouble::lasting_if_barred)?;
             if answer.status() != 200 {
                 return Err(self.refused(&answer, repository, revision));
             }
@@ -215,28 +249,24 @@ impl Client {
                 200 => have = 0,
                 _ => return Err(self.refused(&answer, repository, commit)),
             }
-            let broke_off = |what: String| {
-                let what = redirect::told(&answer.asked, &answer.from, format!("broke off at byte {what}"));
-                Trouble::passing(Fault::BrokenOff, what)
-            };
-            let own = |action, e| Trouble::Final(StageError::io(action, target, e));
-            let mut out = if have > 0 { OpenOptions::new().append(true).open(target) } else { File::create(target) }
-                .map_err(|e| own("write", e))?;
-            let mut body = answer.response.body_mut().as_reader();
-            let mut buffer = vec![0; 256 << 10];
-            loop {
-                let count = body.read(&mut buffer).map_err(|e| broke_off(format!("{have}: {e}")))?;
-                if count == 0 {
-                    break;
+            let is_measured = answer.status() == 206 || length.is_some();
+            let received = answer.append_to(target, have, file.size, &mut |done| progress.borrow_mut()(done));
+            let received = received.and_then(|end| match end {
+                end if end >= file.size => Ok(()),
+                end if is_measured => {
+                    let what = format!("broke off at byte {end} of {}", file.size);
+                    Err(Trouble::passing(Fault::BrokenOff, answer.told(what)))
                 }
-                out.write_all(&buffer[..count]).map_err(|e| own("write", e))?;
-                have += count as u64;
-                progress.borrow_mut()(have.min(file.size)).map_err(Trouble::Final)?;
+                end => {
+                    let what = format!("the answer is not the file: it ends at byte {end} of {}", file.size);
+                    Err(Trouble::passing(Fault::NoHub, answer.told(what)))
+                }
+            });
+            if received.is_err() && !is_measured {
+                // A page perhaps, and no beginning to go on from.
+                let _ = fs::remove_file(target);
             }
-            if have < file.size {
-                return Err(broke_off(format!("{have} of {}", file.size)));
-            }
-            out.sync_all().map_err(|e| own("write", e))
+            received
         })
     }
 
@@ -253,7 +283,7 @@ impl Client {
             if from > 0 {
                 request = request.header("Range", format!("bytes={from}-"));
             }
-            let mut response = request.call().map_err(|error| self.lost(address, &at, error))?;
+            let mut response = request.call().map_err(|error| self.lost(address, &at, &error))?;
             let location = match response.status().as_u16() {
                 301 | 302 | 303 | 307 | 308 => response.headers().get("location").and_then(|l| l.to_str().ok()),
                 _ => None,
@@ -269,41 +299,20 @@ impl Client {
     }
 
     /// A request that had no answer.
-    fn lost(&self, address: &str, at: &str, error: ureq::Error) -> Trouble {
-        use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, InvalidData, NetworkUnreachable};
-        let told = |what: String| redirect::told(address, at, what);
-        let (fault, what) = match &error {
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) if at == address => {
+    fn lost(&self, address: &str, at: &str, error: &ureq::Error) -> Trouble {
+        let (fault, what) = match lost(error, self.patience) {
+            Lost::Address(what) if at == address => {
                 let help = "HF_ENDPOINT must be the address of a hub, such as https://huggingface.co";
-                return Trouble::Final(StageError::params(format!("{address}: {error}")).help(help));
+                return Trouble::Final(StageError::params(format!("{address}: {what}")).help(help));
             }
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) => {
-                return Trouble::Lasting(Fault::NoHub, told(error.to_string()));
-            }
-            ureq::Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
-                (Fault::NoConnection, format!("no connection within {} s", self.patience.as_secs_f64()))
-            }
-            ureq::Error::Timeout(_) => {
-                (Fault::InTrouble, format!("no answer within {} s", self.patience.as_secs_f64()))
-            }
-            ureq::Error::HostNotFound | ureq::Error::ConnectionFailed => (Fault::NoConnection, error.to_string()),
-            // A name that cannot be looked up has no kind of its own.
-            ureq::Error::Io(cause)
-                if matches!(cause.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable)
-                    || cause.to_string().contains("lookup") =>
-            {
-                (Fault::NoConnection, format!("no connection: {cause}"))
-            }
-            // Of TLS: a certificate that is another's, or no TLS at all.
-            ureq::Error::Io(cause) if cause.kind() == InvalidData => (Fault::NoHub, cause.to_string()),
-            ureq::Error::Io(cause) => (Fault::BrokenOff, format!("the connection broke: {cause}")),
-            _ => (Fault::NoHub, error.to_string()),
+            Lost::Address(what) => return Trouble::Lasting(Fault::NoHub, redirect::told(address, at, what)),
+            Lost::NoConnection(what) if redirect::is_same_place(address, at) => (Fault::NoConnection, what),
+            Lost::NoConnection(what) => (Fault::Barred(redirect::host(at).to_owned()), what),
+            Lost::TooLate => (Fault::InTrouble, format!("no answer within {} s", self.patience.as_secs_f64())),
+            Lost::BrokenOff(what) => (Fault::BrokenOff, format!("the connection broke: {what}")),
+            Lost::NoTls(what) | Lost::NoHttp(what) | Lost::Other(what) => (Fault::NoHub, what),
         };
-        match fault {
-            // The way there is barred, mostly by a firewall that knows the hub alone.
-            Fault::NoConnection if at != address => Trouble::Lasting(fault, told(what)),
-            _ => Trouble::passing(fault, told(what)),
-        }
+        Trouble::passing(fault, redirect::told(address, at, what))
     }
 
     fn refused(&self, answer: &Answer, repository: &str, revision: &str) -> Trouble {
@@ -314,7 +323,7 @@ impl Client {
             (404, _) => "check the spelling of the repository and of its revision",
             (408 | 429 | 500..=599, _) => {
                 let fault = if status == 429 { Fault::Limited } else { Fault::InTrouble };
-                let what = answer.told(format!("the hub answered {status}"));
+                let what = answer.told(format!("status {status}"));
                 return Trouble::Passing(fault, what, answer.asked_wait());
             }
             _ => "is HF_ENDPOINT a hub?",

@@ -15,16 +15,26 @@ pub enum Trouble {
 }
 
 impl Trouble {
+    /// Nobody is to wait long for a description: a way that a firewall bars stays barred.
+    pub fn lasting_if_barred(self) -> Self {
+        match self {
+            Self::Passing(fault @ Fault::Barred(_), what, _) => Self::Lasting(fault, what),
+            other => other,
+        }
+    }
+
     pub fn passing(fault: Fault, message: String) -> Self {
         Self::Passing(fault, message, None)
     }
 }
 
 /// Whose fault it is that the hub had no answer of use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     NoConnection,
-    /// It answers 5xx, or too late.
+    /// No connection to this host, to which the hub sends us: mostly a firewall knows the hub alone.
+    Barred(String),
+    /// It answers 5xx, or too late; or so does a server to which it sends us.
     InTrouble,
     /// It was asked too often.
     Limited,
@@ -40,7 +50,10 @@ impl Fault {
         let instead = format!("put `{repository}` on this machine and give its folder");
         match self {
             Self::NoConnection => format!("without network, {instead}"),
-            Self::InTrouble => format!("the hub at {endpoint} is in trouble: try again later, or {instead}"),
+            Self::Barred(host) => format!("let `{host}` through, or set HF_ENDPOINT to a mirror, or {instead}"),
+            Self::InTrouble => {
+                format!("the hub at {endpoint}, or where it sends us, is in trouble: try again later, or {instead}")
+            }
             Self::Limited => format!(
                 "the hub at {endpoint} limits how often it is asked: try again later, set HF_TOKEN (which is allowed \
                  more), or {instead}"

@@ -15,6 +15,13 @@ pub fn target(base: &str, location: &str) -> String {
     }
 }
 
+/// The server of an address, with its port.
+pub fn host(address: &str) -> &str {
+    let rest = address.split_once("://").map_or(address, |(_, rest)| rest);
+    let place = rest.split(['/', '?', '#']).next().unwrap_or(rest);
+    place.rsplit('@').next().unwrap_or(place)
+}
+
 /// Whether both addresses are of one server, so that what one may know the other may too.
 pub fn is_same_place(one: &str, other: &str) -> bool {
     let place = |address: &str| address.splitn(4, '/').take(3).collect::<Vec<_>>().join("/").to_ascii_lowercase();
@@ -60,6 +67,7 @@ mod tests {
         for other in ["http://hub/api", "https://hub:8443/api", "https://hub.example/api", "https://hub@evil/api"] {
             assert!(!is_same_place(hub, other), "{other}");
         }
+        assert_eq!((host("https://me:secret@cdn:80/x@y"), host(hub), host("hub?x")), ("cdn:80", "hub", "hub"));
     }
 
     #[test]

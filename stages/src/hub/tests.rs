@@ -24,6 +24,8 @@ enum Trick {
     Garbage,
     /// A page instead of what was asked for.
     Page,
+    /// The same without its length.
+    UnmeasuredPage,
     Redirect(String),
 }
 
@@ -115,6 +117,9 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         (Some(Trick::Redirect(_)), _) => (302, b"Found".to_vec()),
         (Some(Trick::Page), _) => (200, b"<html>Sign in</html>".to_vec()),
         _ if wrong_token => (401, Vec::new()),
+        (Some(Trick::UnmeasuredPage), _) => {
+            return stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n<html>Sign in</html>");
+        }
         (Some(Trick::Garbage), Some(body)) => (200, vec![b'x'; body.len()]),
         (Some(Trick::BreakAfter(count)), Some(body)) => {
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
@@ -320,7 +325,7 @@ fn each_fault_is_told_with_what_helps_against_it() {
         (error.to_string(), error.help_text().unwrap().to_owned())
     };
     let (said, help) = resolved([500, 502, 503].map(Trick::Status));
-    assert!(said.starts_with("network: http://") && said.ends_with("the hub answered 503"), "{said}");
+    assert!(said.starts_with("network: http://") && said.ends_with(": status 503"), "{said}");
     assert!(help.contains("is in trouble: try again later") && !help.contains("without network"), "{help}");
     let (_, help) = resolved(["Retry-After: 0"; 3].map(Trick::Limited));
     assert!(help.contains("set HF_TOKEN"), "{help}");
@@ -363,12 +368,15 @@ fn a_hub_without_an_answer_is_not_asked_about_the_commit_that_is_known() {
 }
 
 #[test]
-fn a_redirect_that_leads_nowhere_says_where_and_is_followed_once() {
+fn a_redirect_that_leads_nowhere_says_where_and_is_followed_once_for_a_description() {
     let (server, home) = (server(), tempfile::tempdir().unwrap());
     let main = "/api/models/org/tiny/revision/main";
     let resolve = || hub_with(&server.address, home.path(), &[]).resolve("org/tiny", MAIN);
     server.trick("revision", Trick::Redirect("http://127.0.0.1:1/there?signature=abc".into()));
-    let error = resolve().unwrap_err().to_string();
+    let error = resolve().unwrap_err();
+    let help = error.help_text().unwrap().to_owned();
+    assert!(help.starts_with("let `127.0.0.1:1` through, or set HF_ENDPOINT to a mirror, or put `org/tiny`"), "{help}");
+    let error = error.to_string();
     assert!(error.contains("redirected to http://127.0.0.1:1/there: no connection"), "{error}");
     assert!(!error.contains("abc"), "{error}");
     assert_eq!(server.asked().len(), 1);
@@ -381,7 +389,8 @@ fn a_redirect_that_leads_nowhere_says_where_and_is_followed_once() {
     let error = resolve().unwrap_err();
     assert!(error.to_string().contains("redirected to gopher://hole/: "), "{error}");
     assert_eq!(server.asked().len(), 1);
-    // Files are often elsewhere.
+    // Files are often elsewhere, and what refuses a connection may take the next.
+    (0..2).for_each(|_| server.trick("model.safetensors", Trick::Redirect("http://127.0.0.1:1/file".into())));
     server.trick("model.safetensors", Trick::Redirect(format!("/org/tiny/resolve/{COMMIT}/model.safetensors?x=1")));
     let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
     assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
@@ -404,13 +413,15 @@ fn a_token_is_told_the_hub_alone() {
 
 #[test]
 fn a_page_in_place_of_a_file_is_no_beginning_of_it() {
-    let (server, home) = (server(), tempfile::tempdir().unwrap());
-    server.trick("model.safetensors", Trick::Page);
-    let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
-    assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
-    let asked = server.asked();
-    assert_eq!(asked.iter().filter(|path| path.contains("model.safetensors")).count(), 2);
-    assert!(!asked.iter().any(|path| path.contains(" from ")), "{asked:?}");
+    for page in [Trick::Page, Trick::UnmeasuredPage] {
+        let (server, home) = (server(), tempfile::tempdir().unwrap());
+        server.trick("model.safetensors", page);
+        let folder = fetch(&hub_with(&server.address, home.path(), &[])).unwrap();
+        assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights());
+        let asked = server.asked();
+        assert_eq!(asked.iter().filter(|path| path.contains("model.safetensors")).count(), 2);
+        assert!(!asked.iter().any(|path| path.contains(" from ")), "{asked:?}");
+    }
 }
 
 #[test]

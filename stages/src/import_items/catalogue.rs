@@ -18,6 +18,9 @@ use crate::{
 /// Names under which catalogues keep the id, in the order in which they are looked for.
 const ID_FIELDS: [&str; 7] = ["id", "item_id", "asin", "parent_asin", "product_id", "itemId", "sku"];
 
+/// Characters of a value or of a field's name that an error shows.
+const SHOWN: usize = 60;
+
 /// A record as it stands: its line, its key in an object of records, and its fields or what is wrong with it.
 struct Raw {
     line: Option<u64>,
@@ -87,7 +90,7 @@ fn raw_records(path: &Path, text: &str) -> Result<Vec<Raw>, StageError> {
     }
     let object = |value: Value| match value {
         Value::Object(fields) => Ok(fields),
-        other => Err(format!("{} is not an object of fields", shortened(&other.to_string()))),
+        other => Err(format!("{} is not an object of fields", text::beginning(&other.to_string(), SHOWN))),
     };
     if !start.starts_with(['{', '[']) {
         let table = table::read(start).map_err(|(line, m)| StageError::input_at(path, line, m))?;
@@ -152,13 +155,6 @@ fn take_id(params: &Params, key: Option<String>, fields: &mut Map<String, Value>
 }
 
 fn field_names(fields: &Map<String, Value>) -> String {
-    let names: Vec<String> = fields.keys().take(8).map(|name| format!("`{}`", shortened(name))).collect();
+    let names: Vec<String> = fields.keys().take(8).map(|name| format!("`{}`", text::beginning(name, SHOWN))).collect();
     names.join(", ")
-}
-
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
 }

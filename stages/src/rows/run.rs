@@ -403,8 +403,8 @@ fn judge(cx: &mut StageContext, job: &RowJob, rows: Rows) -> Result<Rows, StageE
     }
     let help = match job.max_failed_rows {
         _ if failed == rows.len() && failed > 1 && reasons.len() == 1 => {
-            "not one has a result, and all for one reason: that is no fault of a single one; a rerun tries them again"
-                .to_owned()
+            let unit = &job.unit;
+            format!("every {unit} failed for the same reason, so it is not the {unit}s' fault: mend that and run again")
         }
         0 => "the others' results are kept: run again to try these alone, or set `max_failed_rows`".to_owned(),
         most => format!("`max_failed_rows` is {most}; the others' results are kept, and a rerun tries these alone"),

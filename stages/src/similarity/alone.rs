@@ -23,14 +23,19 @@ pub enum Alone {
 impl Alone {
     const ALL: [Self; 5] = [Self::NoAnswer, Self::Zero, Self::NoText, Self::NoWord, Self::Unlike];
 
-    fn in_words(self) -> &'static str {
-        match self {
-            Self::NoText => "they have no text",
-            Self::NoWord => "none of their words counts (stop words, too rare or too common)",
-            Self::NoAnswer => "the encoder failed for them",
-            Self::Zero => "the encoder's vectors of them are zero",
-            Self::Unlike => "their texts are unlike any other",
-        }
+    /// Of `one` item, or of several.
+    fn in_words(self, one: bool) -> &'static str {
+        let [of_one, of_several] = match self {
+            Self::NoText => ["it has no text", "they have no text"],
+            Self::NoWord => [
+                "none of its words counts (stop words, too rare or too common)",
+                "none of their words counts (stop words, too rare or too common)",
+            ],
+            Self::NoAnswer => ["the encoder failed for it", "the encoder failed for them"],
+            Self::Zero => ["the encoder's vector of it is zero", "the encoder's vectors of them are zero"],
+            Self::Unlike => ["its text is unlike any other", "their texts are unlike any other"],
+        };
+        if one { of_one } else { of_several }
     }
 
     /// Whether it is the model's doing, and not the catalogue's.
@@ -41,7 +46,12 @@ impl Alone {
 
 /// Tells which items have nothing in `found`, by what `why` says of them. `reference` goes on to fill their lists up.
 pub fn tell(cx: &mut StageContext, items: &[Item], found: &[Vec<(u32, f32)>], why: &[Option<Alone>], compat: Compat) {
-    let what = if compat.is_reference() { "are near to none, and get any others" } else { "have no neighbours" };
+    let what = |one: bool| match (compat.is_reference(), one) {
+        (true, true) => "is near to none, and gets any others",
+        (true, false) => "are near to none, and get any others",
+        (false, true) => "has no neighbours",
+        (false, false) => "have no neighbours",
+    };
     let alone: Vec<(&Item, Alone)> = items
         .iter()
         .zip(found)
@@ -56,11 +66,13 @@ pub fn tell(cx: &mut StageContext, items: &[Item], found: &[Vec<(u32, f32)>], wh
             continue;
         }
         let more = if ids.len() > SHOWN { ", …" } else { "" };
+        let one = ids.len() == 1;
         let text = format!(
-            "{} of {} items {what}: {} ({}{more})",
+            "{} of {} items {}: {} ({}{more})",
             ids.len(),
             items.len(),
-            reason.in_words(),
+            what(one),
+            reason.in_words(one),
             ids[..ids.len().min(SHOWN)].join(", ")
         );
         if reason.is_of_the_model() { cx.warn(text) } else { cx.info(text) }

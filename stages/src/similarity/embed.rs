@@ -92,10 +92,7 @@ pub fn embed(
                 Ok(Served { endpoint: &endpoint, model, texts })
             };
             let rows = rows::run(cx, &job, make);
-            if let Some(report) = endpoint.report() {
-                cx.info(report);
-            }
-            endpoint.explain(rows)?
+            endpoint.conclude(cx, &job, rows)?
         }
         None => {
             let (threads, out_of_memory) = (cx.threads(), cx.out_of_memory_before());

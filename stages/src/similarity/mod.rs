@@ -112,7 +112,8 @@ impl EmbeddingModel {
                 issues.push(ParamIssue::new(format!("encoder.{name}"), message));
             }
         }
-        issues.extend(self.endpoint_settings().check("encoder", self.endpoint.as_deref()));
+        let request = endpoint::Request::Embeddings;
+        issues.extend(self.endpoint_settings().check(request, "encoder", self.endpoint.as_deref()));
         if self.endpoint.is_none() && issues.is_empty() {
             issues.extend(model_folder::issue(embed::PLACE, &self.name()));
         }

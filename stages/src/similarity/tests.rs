@@ -27,7 +27,7 @@ fn fixed_keeps_the_nearest() {
     assert_eq!(ids(&lines[0]["neighbors"], "id"), ["b", "d"]);
     assert_eq!(lines[0]["neighbors"][0]["score"], 1.0);
     assert_eq!(lines[4]["neighbors"], json!([]));
-    assert_eq!(ran.logs(), ["1 of 5 items have no neighbours: they have no text (`e`)"]);
+    assert_eq!(ran.logs(), ["1 of 5 items has no neighbours: it has no text (`e`)"]);
 }
 
 #[test]
@@ -219,8 +219,8 @@ fn a_vector_of_zeros_is_near_to_nothing() {
     let ran = run("similarity", with, &[("items", ITEMS)]).unwrap();
     let counts = |l: &Value| l["neighbors"].as_array().unwrap().len();
     assert_eq!(ran.lines("neighbors").iter().map(counts).collect::<Vec<_>>(), [2, 2, 0, 2, 0]);
-    let told = ["the encoder's vectors of them are zero (`c`)", "they have no text (`e`)"];
-    assert_eq!(ran.logs(), told.map(|why| format!("1 of 5 items have no neighbours: {why}")));
+    let told = ["the encoder's vector of it is zero (`c`)", "it has no text (`e`)"];
+    assert_eq!(ran.logs(), told.map(|why| format!("1 of 5 items has no neighbours: {why}")));
 }
 
 #[test]
@@ -237,8 +237,8 @@ fn items_without_neighbours_are_told_by_the_reason() {
     let ran = run("similarity", json!({"encoder": {"tfidf": {"min_df": 1}}}), &[("items", items)]).unwrap();
     let why = [
         "4 of 8 items have no neighbours: they have no text (`e`, `f`, `g`, …)",
-        "1 of 8 items have no neighbours: none of their words counts (stop words, too rare or too common) (`c`)",
-        "1 of 8 items have no neighbours: their texts are unlike any other (`d`)",
+        "1 of 8 items has no neighbours: none of its words counts (stop words, too rare or too common) (`c`)",
+        "1 of 8 items has no neighbours: its text is unlike any other (`d`)",
     ];
     assert_eq!(ran.logs(), why);
     let with = json!({"encoder": {"tfidf": {"min_df": 1}}, "compat": "reference", "top_k": 1});
@@ -251,8 +251,8 @@ fn items_without_neighbours_are_told_by_the_reason() {
     });
     let with = json!({"encoder": {"endpoint": server.url(), "model": "m"}, "max_failed_rows": 1});
     let ran = run("similarity", with, &[("items", items)]).unwrap();
-    let told: Vec<&str> = ran.logs().into_iter().filter(|line| line.contains("have no neighbours")).collect();
-    let why = ["1 of 8 items have no neighbours: the encoder failed for them (`b`)", why[0]];
+    let told: Vec<&str> = ran.logs().into_iter().filter(|line| line.contains("no neighbours")).collect();
+    let why = ["1 of 8 items has no neighbours: the encoder failed for it (`b`)", why[0]];
     assert_eq!(told, why);
 }
 

@@ -113,7 +113,8 @@ impl ChatModel {
     pub fn prompt_with_room(&self, conversation: &[Message], how: &Answering) -> Result<Vec<u32>, Error> {
         let prompt = self.prompt(conversation, &how.template)?;
         if prompt.is_empty() {
-            return Err(Error::argument("chat template and tokenizer make no tokens of the conversation"));
+            return Err(Error::argument("chat template and tokenizer make no tokens of the conversation")
+                .help("mend them in a copy of the folder, or take another model"));
         }
         let (length, limit) = (prompt.len(), self.model.config().max_positions);
         if length + how.max_new > limit {
@@ -121,7 +122,10 @@ impl ChatModel {
                 "a prompt of {length} tokens and an answer of up to {} are more than the model's {limit} positions",
                 how.max_new
             ))
-            .help("show fewer `neighbors`, shorten titles, or take a model with more positions"));
+            .help(
+                "show fewer `neighbors`, shorten titles or the `tid_extraction` text (input `prompts`), or take a model \
+                 with more positions",
+            ));
         }
         Ok(prompt)
     }

@@ -52,8 +52,8 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat_template";
-/// What [`ChatTemplate::check`] lets a user say.
-const PROBE: &str = "question";
+/// What [`ChatTemplate::check`] lets a user say: a word that stands in no template.
+const PROBE: &str = "zqxgrlmprobe";
 
 /// Special tokens that templates name.
 const SPECIAL: [&str; 7] =
@@ -124,8 +124,10 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses the conversation.
     pub fn render(&self, messages: &[Message], settings: &Map<String, Json>) -> Result<String, Error> {
-        self.rendered(messages, settings)
-            .map_err(|e| Error::argument(format!("the chat template refuses the conversation: {e}")))
+        self.rendered(messages, settings).map_err(|e| {
+            Error::argument(format!("the chat template refuses the conversation: {e}"))
+                .help("mend the template in a copy of the folder, or take another model")
+        })
     }
 
     fn rendered(&self, messages: &[Message], settings: &Map<String, Json>) -> Result<String, minijinja::Error> {
@@ -313,6 +315,8 @@ mod tests {
         assert!(
             wrong("{% for part in messages[0].parts %}{{ part }}{% endfor %}user:").ends_with("what the user says")
         );
+        assert!(wrong("Question: {{ messages[0].parts }}\nAnswer:").ends_with("what the user says"));
+        check("{{ messages[0].content|upper }}").unwrap();
         assert!(matches!(check(needs_system), Err(Error::Model { help: Some(_), .. })));
         let at_odds = "{{ messages[0].content }}{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}";
         check(at_odds).unwrap();

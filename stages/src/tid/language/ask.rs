@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     Compat, StageContext, StageError,
-    artifact::ItemId,
+    artifact::{ItemId, text},
     compute::{CPU, PerDevice},
     endpoint::{CallError, Endpoint},
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
@@ -53,6 +53,8 @@ pub struct Asker<'a> {
     /// Whether the server takes [`TEMPLATE_SETTINGS`], once that is known.
     takes_settings: OnceLock<bool>,
     tally: Mutex<Tally>,
+    /// A warning tells that the model says nothing.
+    told_silent: bool,
 }
 
 /// What the model was asked in this run.
@@ -111,7 +113,8 @@ impl<'a> Asker<'a> {
                 Place::Folder { identity, device: model.dtype.key(cx), loaded: PerDevice::new(cx) }
             }
         };
-        Ok(Self { model, compat, place, max_failed_rows, takes_settings: OnceLock::new(), tally: Mutex::default() })
+        let (takes_settings, tally) = (OnceLock::new(), Mutex::default());
+        Ok(Self { model, compat, place, max_failed_rows, takes_settings, tally, told_silent: false })
     }
 
     /// The rows of the first questions, one for each of these conversations.
@@ -170,22 +173,22 @@ impl<'a> Asker<'a> {
         self.converse(cx, names, questions, Round::FURTHER)
     }
 
-    /// What to say of a model that had five words for none of `asked` items; `one` of them says why.
-    pub fn in_vain(&self, asked: usize, one: &ItemId, why: &Found) -> Option<String> {
+    /// What to say of a model that had five words for none of the items that it `answered` for; `one` of them says why.
+    /// Nothing where a warning tells already that it says nothing.
+    pub fn in_vain(&self, answered: usize, one: &ItemId, why: &Found) -> Option<String> {
         // The published script takes what it gets.
-        if self.compat.is_reference() {
+        if self.compat.is_reference() || self.told_silent {
             return None;
         }
         let (model, reason) = (&self.model.model, why.problem.as_deref().unwrap_or_default());
-        let mut message = format!("`{model}` has five words for none of {asked} items; item `{one}`: {reason}");
-        if !why.output.is_empty() {
-            message.push_str(&format!("; its answer: {}", shortened(&why.output)));
-        }
-        message.push_str(&format!(
-            "; `grlm rows show {NAMESPACE}` lists its answers: it may need more `max_new_tokens` or another \
-             `tid_extraction` text (input `prompts`), or be too small"
-        ));
-        Some(message)
+        let said = match on_one_line(&why.output) {
+            line if line.is_empty() => line,
+            line => format!(" (`{}`)", text::beginning(&line, SHOWN)),
+        };
+        Some(format!(
+            "`{model}` has five words for none of {answered} items; item `{one}`: {reason}{said}; raise \
+             `max_new_tokens`, mend the `tid_extraction` text (input `prompts`), or take a larger model"
+        ))
     }
 
     /// What was asked until now.
@@ -258,10 +261,7 @@ impl<'a> Asker<'a> {
                 if before.is_none() && takes_settings.get() == Some(&false) {
                     cx.info(format!("the server takes no `{TEMPLATE_SETTINGS}`: requests go without"));
                 }
-                if let Some(report) = endpoint.report() {
-                    cx.info(report);
-                }
-                let rows = endpoint.explain(rows)?;
+                let rows = endpoint.conclude(cx, &job, rows)?;
                 if must_speak && rows.known() > 0 {
                     cx.info(format!(
                         "{} answers of `{name}` were asked for earlier, of this server or another; if it is another model \
@@ -303,6 +303,7 @@ impl<'a> Asker<'a> {
                 error if answers >= MANY => return Err(error),
                 error => cx.warn(error.to_string()),
             }
+            self.told_silent = true;
         }
         Ok(replies)
     }
@@ -329,23 +330,20 @@ fn check_some_fit(
             Err(error) => refused.get_or_insert(error),
         };
     }
-    let Some(error) = refused else { return Ok(()) };
+    let (why, help) = match refused {
+        None => return Ok(()),
+        Some(grlm_nn::Error::Argument { message, help }) => (message, help),
+        Some(other) => return Err(other.into()),
+    };
     let which = match conversations.len() {
         1 => "the model cannot take the only prompt".to_owned(),
         all => format!("the model can take none of {all} prompts, not even the shortest"),
     };
-    Err(StageError::input(folder, format!("{which}: {error}")).help(
-        "take a model with more positions, show fewer `neighbors`, or give a shorter `tid_extraction` text (input `prompts`)",
-    ))
+    Err(StageError::Input { path: folder.to_owned(), line: None, message: format!("{which}: {why}"), help })
 }
 
-/// The beginning of an answer, on one line.
-fn shortened(answer: &str) -> String {
-    let line = answer.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("`{}…`", &line[..end]),
-        None => format!("`{line}`"),
-    }
+fn on_one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The model says nothing, and would be asked about all the others in vain.

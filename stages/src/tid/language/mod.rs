@@ -103,7 +103,7 @@ impl LanguageModel {
             let message = "is the server's to say: it has no meaning beside `endpoint`";
             issues.push(ParamIssue::new("extractor.dtype", message));
         }
-        issues.extend(self.endpoint_settings().check("extractor", self.endpoint.as_deref()));
+        issues.extend(self.endpoint_settings().check(endpoint::Request::Chat, "extractor", self.endpoint.as_deref()));
         if self.endpoint.is_none() && issues.is_empty() {
             issues.extend(model_folder::issue(PLACE, &self.name()));
         }
@@ -200,18 +200,20 @@ pub fn extract(
         })
         .collect();
     let mut spent = Spent::default();
+    let mut answered = Vec::new();
     for (place, answer) in places.iter().zip(asker.ask(cx, &catalogue.names(&places), &prompts)?) {
         found[*place] = match answer {
             Ok(record) => {
                 spent.add(&record);
+                answered.push(*place);
                 read(&record, catalogue.compat)
             }
             Err(failure) => Found { words: Vec::new(), output: String::new(), problem: Some(failure) },
         };
     }
-    if let Some(first) = places.first()
-        && places.iter().all(|place| found[*place].problem.is_some())
-        && let Some(warning) = asker.in_vain(places.len(), &catalogue.items[*first].id, &found[*first])
+    if let Some(first) = answered.first()
+        && answered.iter().all(|place| found[*place].problem.is_some())
+        && let Some(warning) = asker.in_vain(answered.len(), &catalogue.items[*first].id, &found[*first])
     {
         cx.warn(warning);
     }

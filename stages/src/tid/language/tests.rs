@@ -21,6 +21,8 @@ use crate::{
 mod local;
 
 const SPACE: &str = "tid-answer";
+/// What a model is told by that had no answer of use.
+const IN_VAIN: &str = "five words for none";
 
 /// Titles that say their number, so that a server can make words of it.
 fn items(count: usize) -> String {
@@ -341,17 +343,41 @@ fn a_model_without_five_words_for_any_item_is_told_as_that() {
     let memo = MemoryMemo::default();
     let bench = Bench::new().input("items", items(3)).memo(&memo);
     let ran = run(&bench, with(&server.url()));
-    let said = "`m` has five words for none of 3 items; item `0`: 2 of 5 words in the answer, asked 3 times; its answer: \
-                `I cannot say.`; `grlm rows show tid-answer` lists its answers: it may need more `max_new_tokens`";
+    let said = "`m` has five words for none of 3 items; item `0`: 2 of 5 words in the answer, asked 3 times \
+                (`I cannot say.`); raise `max_new_tokens`, ";
     assert!(ran.logs().iter().any(|line| line.contains(said)), "{:?}", ran.logs());
     assert_eq!((ran.lines("invalid").len(), memo.len(SPACE), server.seen().len()), (3, 9, 9));
     let mut reference = with(&server.url());
     reference["compat"] = json!("reference");
-    assert!(!run(&bench, reference).logs().iter().any(|line| line.contains("five words for none")));
+    assert!(!run(&bench, reference).logs().iter().any(|line| line.contains(IN_VAIN)));
     // What the user gave is not the model's.
     let given = Bench::new().input("items", items(2)).input("overrides", r#"{"1": "a, b, c, d, e"}"#);
     let ran = run(&given, with(&server.url()));
     assert!(ran.logs().iter().any(|line| line.contains("five words for none of 1 items")), "{:?}", ran.logs());
+}
+
+/// Items that the server refuses say nothing of the model.
+#[test]
+fn a_model_is_judged_by_its_answers_alone() {
+    let refusing = |answered: &'static str, from: usize| {
+        Server::start(move |request| match number(request) {
+            number if number < from => Reply::Status(400, "", json!({"error": {"message": "not that one"}})),
+            _ => Reply::Json(completion(answered)),
+        })
+    };
+    let told = |server: &Server| -> Vec<String> {
+        let mut with = with(&server.url());
+        with["max_failed_rows"] = json!(4);
+        with["extractor"]["max_attempts"] = json!(1);
+        let ran = run(&Bench::new().input("items", items(4)), with);
+        ran.logs().into_iter().filter(|line| line.contains(IN_VAIN)).map(str::to_owned).collect()
+    };
+    let of_two = told(&refusing("I cannot say.", 2));
+    assert_eq!(of_two.len(), 1);
+    assert!(of_two[0].contains("none of 2 items; item `2`: 1 of 5 words"), "{of_two:?}");
+    assert!(told(&refusing("[soap, bar, mild, olive, green]", 3)).is_empty());
+    // A model that was not heard is not to blame.
+    assert!(told(&refusing("", 4)).is_empty());
 }
 
 #[test]
@@ -383,6 +409,7 @@ fn a_model_that_says_nothing_ends_the_stage_early() {
         // A few may be like that.
         let ran = run(&Bench::new().input("items", items(2)), with(&server.url()));
         assert!(ran.logs().iter().any(|line| line.contains("says nothing: 2 answers")));
+        assert!(!ran.logs().iter().any(|line| line.contains(IN_VAIN)), "told once: {:?}", ran.logs());
         assert_eq!(ran.lines("invalid").len(), 2);
     }
 }

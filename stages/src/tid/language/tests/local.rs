@@ -65,6 +65,19 @@ fn a_prompt_that_is_too_long_is_its_items_failure_and_that_all_are_is_the_stages
     let none = Bench::new().input("items", items(3)).run("tid", asking(&fixture("qwen3")));
     let why = "the model can take none of 3 prompts, not even the shortest: a prompt of ";
     refuses(none, &["qwen3: ", why, "more than the model's 256 positions", "fewer `neighbors`", "`tid_extraction`"]);
+    // Not a matter of length.
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_model(folder.path());
+    let text = "{{ raise_exception('too chatty') if messages[0].content|length > 99 }}{{ messages[0].content }}";
+    fs::write(model.join("chat_template.jinja"), text).unwrap();
+    let error = Bench::new().input("items", items(3)).run("tid", asking(&model)).unwrap_err();
+    assert!(
+        error.to_string().contains("none of 3 prompts, not even the shortest: the chat template refuses"),
+        "{error}"
+    );
+    assert!(error.to_string().contains("too chatty"), "{error}");
+    let help = error.help_text().unwrap();
+    assert!(help.starts_with("mend the template") && !help.contains("positions"), "{help}");
 
     let folder = tempfile::tempdir().unwrap();
     let model = tiny_model(folder.path());
