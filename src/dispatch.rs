@@ -107,5 +107,10 @@ impl Dispatcher {
         self.scheduler.waits_for_others()
     }
 
+    /// What the other runs of this machine hold, in words.
+    pub fn others(&self) -> Vec<String> {
+        self.host.as_ref().map(HostLeases::survey_others).unwrap_or_default()
+    }
+
     pub const POLL: std::time::Duration = std::time::Duration::from_millis(50);
 }

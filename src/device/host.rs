@@ -247,12 +247,22 @@ impl HostLeases {
         write().map_err(at("write", &self.path))
     }
 
+    /// [`HostLeases::survey`] without this run.
+    pub fn survey_others(&self) -> Vec<String> {
+        Self::survey_but(&self.folder, Some(&self.path))
+    }
+
     /// What every run of this machine holds now, in words, a sentence each. For people; nothing is locked.
     pub fn survey(folder: &Path) -> Vec<String> {
+        Self::survey_but(folder, None)
+    }
+
+    fn survey_but(folder: &Path, own: Option<&Path>) -> Vec<String> {
         let mut found = Vec::new();
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             let is_run = entry.file_name().to_str().is_some_and(|name| name.starts_with("run-"));
-            let Some(mut file) = File::open(entry.path()).ok().filter(|_| is_run) else { continue };
+            let is_wanted = is_run && own.is_none_or(|own| entry.path() != own);
+            let Some(mut file) = File::open(entry.path()).ok().filter(|_| is_wanted) else { continue };
             let mut text = String::new();
             // A shared lock is refused only where a run, or a worker of it, lives that holds its own.
             let lives = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
@@ -260,7 +270,7 @@ impl HostLeases {
                 continue;
             }
             let Some(held) = text.lines().next().and_then(|l| serde_json::from_str::<Held>(l).ok()) else { continue };
-            let mut parts = vec![format!("{} cores", held.cpus)];
+            let mut parts = vec![format!("{} core{}", held.cpus, if held.cpus == 1 { "" } else { "s" })];
             parts.extend((held.memory > 0).then(|| human_bytes(held.memory)));
             parts.extend(held.gpus.iter().map(|(uuid, gpu)| match gpu.whole {
                 true => format!("{uuid} whole"),

@@ -124,7 +124,7 @@ impl StageContext {
     /// # Errors
     /// The name is neither a folder nor a repository, the hub cannot be reached, the disk; a stop.
     pub fn model(&mut self, place: &str, name: &str) -> Result<PathBuf, StageError> {
-        let hub = Hub::from_env(PATIENCE);
+        let hub = Hub::from_env(PATIENCE).until(&self.stop);
         let pinned = match self.models.get(place) {
             Some(pinned) => pinned.clone(),
             None => hub.pin(&ModelName::parse(name).map_err(StageError::params)?)?,

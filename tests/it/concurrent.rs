@@ -87,3 +87,30 @@ fn who_waits_says_for_whom_and_holds_no_devices() {
     }
     assert_eq!(env.ran(), ["end 0", "left", "prepare", "right"]);
 }
+
+#[test]
+fn who_can_start_nothing_says_what_others_hold() {
+    let env = Environment::new();
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let stage = |name: &str, resources: &str, run: &str| {
+        let pipeline = format!(
+            "name: {name}\nstages:\n  s:\n    uses: command\n    resources: {resources}\n    with: {{ run: \"{run}; echo s > ${{outputs.out}}\" }}\n    outputs: {{ out: s.txt }}\n"
+        );
+        env.write(&format!("{name}.yaml"), &pipeline);
+    };
+    let wait = "touch began; i=0; while [ ! -e go ] && [ $i -lt 1000 ]; do sleep 0.1; i=$((i+1)); done; test -e go";
+    stage("all", &format!("{{ cpus: {cores} }}"), wait);
+    stage("one", "{ cpus: 1 }", "true");
+    let first = Running::start(&mut env.command(&["run", "all.yaml", "--quiet"]));
+    let holder = first.id();
+    wait_until("the first run has all cores", || env.path("began").exists());
+    let said = File::create(env.path("said")).unwrap();
+    let waiter = Running::start(env.command(&["run", "one.yaml"]).stderr(said));
+    let waits = format!("s: waits for what other runs hold: process {holder} holds {cores} core");
+    wait_until("the second says what it waits for", || env.read("said").contains(&waits));
+    env.write("go", "");
+    for mut child in [first, waiter] {
+        assert!(child.wait().unwrap().success());
+    }
+    assert_eq!(env.read("said").matches("waits for what").count(), 1);
+}

@@ -15,7 +15,7 @@ use std::{
 };
 
 use grlm_cache::{ActionKey, Content, Store, StoreError};
-use grlm_stages::Failure;
+use grlm_stages::{Failure, event::LogLevel};
 use tokio::{sync::mpsc, task::LocalSet};
 
 use super::{
@@ -94,6 +94,9 @@ impl From<FilesError> for RunError {
     }
 }
 
+/// A run that does nothing for so long, since others hold what it needs, says so.
+const IDLE: Duration = Duration::from_secs(2);
+
 /// The life of a node.
 #[derive(Debug)]
 enum State {
@@ -151,6 +154,8 @@ struct Engine<'a> {
     /// What running nodes were given.
     leases: HashMap<NodeId, Lease>,
     tried: HashMap<NodeId, Tried>,
+    /// Since when this run does nothing but wait for what other runs hold; told or not.
+    idle: Option<(Instant, bool)>,
     error: Option<RunError>,
     sender: mpsc::UnboundedSender<Message>,
 }
@@ -210,6 +215,7 @@ pub fn run(
         elsewhere: Vec::new(),
         leases: HashMap::new(),
         tried: HashMap::new(),
+        idle: None,
         error: None,
         sender,
     };
@@ -232,6 +238,7 @@ impl Engine<'_> {
         self.settle();
         loop {
             self.start_what_fits();
+            self.tell_idleness();
             let poll = (self.dispatcher.waits_for_others() || !self.elsewhere.is_empty()) && self.may_start();
             if self.running == 0 && !poll {
                 break;
@@ -257,6 +264,22 @@ impl Engine<'_> {
             }
         }
         signals.abort();
+    }
+
+    /// Says, once a wait, for whom the run waits when it can do nothing else: it looks as if it hung.
+    fn tell_idleness(&mut self) {
+        if self.running > 0 || !self.dispatcher.waits_for_others() {
+            self.idle = None;
+            return;
+        }
+        let (since, told) = *self.idle.get_or_insert_with(|| (Instant::now(), false));
+        if told || since.elapsed() < IDLE {
+            return;
+        }
+        self.idle = Some((since, true));
+        let next = (0..self.states.len()).find(|id| matches!(self.states[*id], State::Queued(_)));
+        let message = format!("waits for what other runs hold: {}", self.dispatcher.others().join("; "));
+        self.emit(next, None, Body::Log { level: LogLevel::Info, message });
     }
 
     /// Decides nodes until no decision follows from another.

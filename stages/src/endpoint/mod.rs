@@ -6,7 +6,7 @@
 //! |---|---|
 //! | no connection, no whole answer in time, 408, 409, 425, 429, 5xx, an answer that is not what was asked for | tried again, later and later, or when `Retry-After` says |
 //! | 400, 413, 415, 422 | this request has failed; the others go on |
-//! | 401, 403, 404 and other refusals, a redirect | a mistake in the parameters: all end, and the stage is not tried again |
+//! | 401, 403, 404 and other refusals, a redirect, no TLS at a server that never answered | a mistake in the parameters: all end, and the stage is not tried again |
 //! | as many requests in a row as are under way at once have failed for good without an answer (429 and 502 to 504 are none) | the server is taken to be down: all end |
 //! | failed rows end the stage, no request had an answer of use, and none is known from earlier | told as the server's fault ([`Endpoint::conclude`]) |
 //! | a stop | all end, those too that are under way |
@@ -33,7 +33,7 @@ pub(crate) mod retry;
 #[cfg(test)]
 pub(crate) mod server;
 mod settings;
-mod stop;
+pub(crate) mod stop;
 mod tally;
 #[cfg(test)]
 mod tests;
@@ -194,6 +194,7 @@ impl Endpoint {
             if let Some(down) = down {
                 return Err(CallError::All(self.end(down)));
             }
+            locked(&self.tally).asked(Instant::now());
             let outcome = self.attempt(&url, &body, &accept);
             if outcome.is_err() && self.stop.is_set() {
                 return Err(CallError::All(StageError::Stopped));
@@ -214,13 +215,15 @@ impl Endpoint {
                     }
                     if attempt + 1 < tries {
                         locked(&self.tally).tried_again(&reason);
+                        self.tell_of_silence(&url, &message, wait);
                         self.back_off(attempt, wait, &message)?;
                     }
                     (last, last_reason, last_answered) = (message, reason, answered);
                 }
             }
         }
-        let failure = RowFailure::new(format!("no answer in {}; the last: {last}", counted(tries, "try", "tries")));
+        // Without the number of tries: rows that failed alike are told together.
+        let failure = RowFailure::new(format!("no answer of use; the last: {last}"));
         locked(&self.tally).failed(last_reason, last, last_answered);
         Err(CallError::NoAnswer { failure, answered: last_answered })
     }
@@ -300,6 +303,7 @@ impl Endpoint {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let mut response = request.send(body).map_err(|error| self.lost(url, error))?;
+        locked(&self.tally).reached();
         let status = response.status().as_u16();
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
         let wait = retry_after(header("retry-after"), SystemTime::now());
@@ -350,6 +354,12 @@ impl Endpoint {
         let (reason, what) = match lost(&error, self.settings.timeout_to_connect()) {
             Lost::NoConnection(what) => (NO_CONNECTION, what),
             Lost::TooLate => (TOO_LATE, format!("no whole answer within {} s", self.settings.timeout)),
+            Lost::NoTls(what) if !locked(&self.tally).is_reached() => {
+                return Miss::All(StageError::params(format!("{url}: no TLS connection: {what}")).help(
+                    "if the server speaks plain HTTP, begin the address with `http://`; if its certificate is its own, \
+                     put a proxy before it: only those of public authorities are trusted",
+                ));
+            }
             Lost::BrokenOff(what) | Lost::NoTls(what) | Lost::NoHttp(what) => {
                 ("half an answer or none", format!("the connection broke: {what}"))
             }
@@ -381,6 +391,15 @@ impl Endpoint {
                 Some(left) if !left.is_zero() => std::thread::sleep(left.min(NAP)),
                 _ => return Ok(()),
             }
+        }
+    }
+
+    /// Says once that no request was answered yet, where tries go on failing. A long wait that the server asks for is
+    /// told for itself.
+    fn tell_of_silence(&self, url: &str, message: &str, asked: Option<RetryAfter>) {
+        if !asked.is_some_and(|asked| asked.is_long()) && locked(&self.tally).missed(Instant::now()) {
+            let reason = message.strip_prefix(url).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(message);
+            locked(&self.notes).warn(format!("{}: no request is answered yet ({reason}); trying again", self.address));
         }
     }
 
@@ -456,8 +475,4 @@ fn copied(error: &StageError) -> StageError {
         }
         _ => StageError::bug(error.to_string()),
     }
-}
-
-fn counted(number: u32, one: &str, many: &str) -> String {
-    format!("{number} {}", if number == 1 { one } else { many })
 }

@@ -13,6 +13,9 @@ const LONGEST_ASKED: Duration = Duration::from_secs(900);
 /// A wait that is longer than this is told.
 const SILENT: Duration = Duration::from_secs(5);
 
+/// How long a wait that was told stands for others, unless they are much longer.
+const TOLD_FOR: Duration = Duration::from_secs(60);
+
 /// Waits that double from `first` up to `longest`.
 #[derive(Debug, Clone, Copy)]
 pub struct Delays {
@@ -39,8 +42,14 @@ impl Delays {
 #[derive(Debug, Default)]
 pub struct Pause {
     until: Option<Instant>,
-    /// The end that the user heard of.
-    told: Option<Instant>,
+    told: Option<Told>,
+}
+
+/// A wait that the user heard of.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    at: Instant,
+    wait: Duration,
 }
 
 impl Pause {
@@ -48,15 +57,20 @@ impl Pause {
         self.until
     }
 
-    /// The server asks for `wait` from `now` on; whether the user should hear of it: it is long, and no wait that was
-    /// told ends at about the same time. Requests that were under way together bring one wait each.
+    /// The server asks for `wait` from `now` on; whether the user should hear of it: it is long, no wait that was told
+    /// ends at about the same time, and none was told just now that was not much shorter. Requests that were under way
+    /// together bring one wait each, and some servers ask for the same every time.
     pub fn extend(&mut self, wait: Duration, now: Instant) -> bool {
         let end = now + wait;
         self.until = Some(self.until.map_or(end, |until| until.max(end)));
         let considerable = SILENT.max(wait / 4);
-        let news = wait > SILENT && self.told.is_none_or(|told| end.saturating_duration_since(told) > considerable);
+        let is_news = |told: Told| {
+            end.saturating_duration_since(told.at + told.wait) > considerable
+                && (now.saturating_duration_since(told.at) >= TOLD_FOR || wait > told.wait * 2)
+        };
+        let news = wait > SILENT && self.told.is_none_or(is_news);
         if news {
-            self.told = Some(end);
+            self.told = Some(Told { at: now, wait });
         }
         news
     }
@@ -68,6 +82,13 @@ pub struct RetryAfter {
     asked: Duration,
     /// How long is waited.
     pub wait: Duration,
+}
+
+impl RetryAfter {
+    /// Whether it is told.
+    pub fn is_long(&self) -> bool {
+        self.wait > SILENT
+    }
 }
 
 impl fmt::Display for RetryAfter {
@@ -119,6 +140,16 @@ mod tests {
         assert_eq!(pause.until(), Some(start + Duration::from_secs(1010)));
         pause.extend(Duration::from_secs(1), start);
         assert_eq!(pause.until(), Some(start + Duration::from_secs(1010)));
+    }
+
+    #[test]
+    fn the_same_pause_again_and_again_is_told_once_a_minute() {
+        let (mut pause, start) = (Pause::default(), Instant::now());
+        let mut told = |wait, after| pause.extend(Duration::from_secs(wait), start + Duration::from_secs(after));
+        let rounds: Vec<u64> = (0..=128).step_by(8).filter(|after| told(8, *after)).collect();
+        assert_eq!(rounds, [0, 64, 128]);
+        assert!(!told(16, 136), "not much longer");
+        assert!(told(17, 136), "much longer");
     }
 
     #[test]

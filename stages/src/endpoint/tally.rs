@@ -1,5 +1,7 @@
 //! What became of requests so far, and whose fault it is where none had an answer of use.
 
+use std::time::{Duration, Instant};
+
 use crate::StageError;
 
 /// Reasons of new tries that say more than their words.
@@ -8,9 +10,21 @@ pub const TOO_LATE: &str = "no answer in time";
 pub const NOT_JSON: &str = "not JSON";
 pub const OTHER_ANSWER: &str = "another answer than was asked for";
 
+/// When a failed try is told though others may do better: as one of so many, or so long after the first request.
+const MISSES: usize = 3;
+const SILENT: Duration = Duration::from_secs(5);
+
 #[derive(Debug, Default)]
 pub struct Tally {
     answered: usize,
+    /// Something answered there, whatever it was.
+    is_reached: bool,
+    /// When the first request was sent.
+    first: Option<Instant>,
+    /// Failed tries before the first answer of use.
+    missed: usize,
+    /// The user heard that there is no answer yet.
+    told: bool,
     /// There are answers from earlier, of this server or of another with the same model.
     answered_earlier: bool,
     /// For good, those refused among them.
@@ -25,6 +39,31 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// A request is sent.
+    pub fn asked(&mut self, now: Instant) {
+        self.first.get_or_insert(now);
+    }
+
+    /// A try failed and there will be another; whether the user should hear that no request was answered yet.
+    pub fn missed(&mut self, now: Instant) -> bool {
+        if self.told || self.answered + self.refused > 0 {
+            return false;
+        }
+        self.missed += 1;
+        let is_late = self.first.is_some_and(|first| now.saturating_duration_since(first) >= SILENT);
+        self.told = is_late || self.missed >= MISSES;
+        self.told
+    }
+
+    /// An answer begins, of use or of none.
+    pub fn reached(&mut self) {
+        self.is_reached = true;
+    }
+
+    pub fn is_reached(&self) -> bool {
+        self.is_reached
+    }
+
     pub fn answered(&mut self) {
         self.silent = 0;
         self.answered += 1;
@@ -129,5 +168,31 @@ fn what_to_do(reason: &str) -> &'static str {
         "status 429" => "a limit or quota of the server is used up: wait, raise it, or lower `concurrency`",
         "status 500" | "status 501" => "it fails whatever it is asked: see the server's log, and check `model`",
         _ => "see whether the server runs, and speaks OpenAI's interface",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_nothing_is_answered_yet_is_told_once_and_early() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let asked = || {
+            let mut tally = Tally::default();
+            tally.asked(start);
+            tally.asked(after(4));
+            tally
+        };
+        let mut many = asked();
+        assert_eq!([0, 1, 2, 3, 60].map(|at| many.missed(after(at))), [false, false, true, false, false]);
+        let mut slow = asked();
+        assert_eq!([4, 5, 6].map(|at| slow.missed(after(at))), [false, true, false]);
+        for heard in [Tally::answered, Tally::refused] {
+            let mut tally = asked();
+            heard(&mut tally);
+            assert_eq!([1, 2, 3, 60].map(|at| tally.missed(after(at))), [false; 4], "others are answered");
+        }
     }
 }

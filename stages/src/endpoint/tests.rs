@@ -181,7 +181,7 @@ fn a_server_that_is_down_ends_all_after_a_few_requests() {
         _ => None,
     });
     let failure = failure.unwrap();
-    assert!(failure.message.starts_with("no answer in 2 tries; the last: http://"), "{failure}");
+    assert!(failure.message.starts_with("no answer of use; the last: http://"), "{failure}");
     let Err(CallError::All(error)) = &answers[99] else { panic!() };
     assert!(error.to_string().contains("requests in a row had no answer"), "{error}");
 }
@@ -285,6 +285,33 @@ fn nobody_there_is_told_from_half_an_answer() {
     }
 }
 
+#[test]
+fn plain_http_behind_https_is_a_mistake_that_says_so() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let _ = std::io::Write::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n");
+            // Closed before all is read, it would take the answer back.
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        }
+    });
+    let https = endpoint(&format!("https://{address}/v1"), settings());
+    let Err(CallError::All(error)) = https.post("x", body(0), number) else { panic!() };
+    assert!(error.to_string().contains(&format!("https://{address}/v1/x: no TLS connection: ")), "{error}");
+    assert!(error.help_text().unwrap().contains("begin the address with `http://`"), "{error:?}");
+    assert_eq!((error.failure(), calls.load(Ordering::Relaxed)), (Failure::WrongInput, 1), "it is not tried again");
+    // Where there was an answer, it is the server's trouble.
+    let server = Server::start(|request| Reply::Json(request.body.clone()));
+    let answered = endpoint(&server.url(), settings());
+    answered.post("x", body(0), number).unwrap();
+    let broken = std::io::Error::new(std::io::ErrorKind::InvalidData, "alert");
+    assert!(matches!(answered.lost("u", ureq::Error::Io(broken)), super::Miss::Again { answered: false, .. }));
+}
+
 fn endpoint_without_server() -> Endpoint {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     endpoint(&format!("http://{free}/v1"), settings())
@@ -378,6 +405,32 @@ fn a_long_pause_is_told_while_it_lasts() {
         server.url()
     );
     assert_eq!(*warnings.lock().unwrap(), [told], "four requests wait, and one says so");
+}
+
+#[test]
+fn that_no_request_is_answered_yet_is_told_while_it_is_tried_again() {
+    let server = Server::start(|request| match request.number {
+        0..5 => Reply::Status(500, "", json!({"error": {"message": "no model is loaded"}})),
+        _ => Reply::Json(request.body.clone()),
+    });
+    let warnings: Arc<Mutex<Vec<String>>> = Arc::default();
+    let heard = Arc::clone(&warnings);
+    let sink = move |event| {
+        if let WorkerEvent::Log { level: LogLevel::Warn, message } = event {
+            heard.lock().unwrap().push(message);
+        }
+    };
+    let nothing = BTreeMap::new;
+    let mut cx = StageContext::new(nothing(), nothing(), Default::default(), 1, vec![], StopFlag::default(), sink);
+    let endpoint = endpoint(&server.url(), Settings { concurrency: 1, retries: 5, ..settings() });
+    let job = RowJob::new("asking", "item", vec![RowRecipe::new("asking", 1).row().text("n", "0").key()]);
+    let rows = rows::run(&mut cx, &job, |device: RowDevice| {
+        endpoint.tell_by(&device.notes);
+        Ok(Asking(&endpoint))
+    });
+    assert_eq!(rows.unwrap().failures().count(), 0);
+    let told = format!("{}: no request is answered yet (status 500: no model is loaded); trying again", server.url());
+    assert_eq!(*warnings.lock().unwrap(), [told], "five tries failed, and one says so");
 }
 
 #[test]

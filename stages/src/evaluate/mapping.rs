@@ -249,7 +249,7 @@ fn byte_pairs(word: &str) -> impl Iterator<Item = usize> + '_ {
 }
 
 /// What stands between each `[` and the next `]` on the same line, from left to right.
-fn bracketed(text: &str) -> impl Iterator<Item = &str> {
+pub(super) fn bracketed(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         loop {

@@ -144,6 +144,14 @@ impl Stage for Evaluate {
             cx.progress(done, total, "model");
             let rankings = read_rankings(path, params.split)?;
             let matched = match_users(path, &users, &rankings, params.split)?;
+            let mut texts = rankings.iter().flat_map(|ranking| ranking.texts.iter().flatten());
+            if mapper.is_some() && !rankings.is_empty() && !texts.any(|text| mapping::bracketed(text).next().is_some())
+            {
+                cx.warn(format!(
+                    "`{model}` has no text with a TID in brackets, where `mapping: reference` looks for items: compact samples \
+                     have none, and `mapping: fixed` counts the items that are ranked"
+                ));
+            }
             let ranks = pool.install(|| find_ranks(&users, &rankings, &matched, mapper.as_ref(), params));
             report.insert(
                 model.clone(),
@@ -375,6 +383,10 @@ mod tests {
         let inputs = [("holdout", HOLDOUT), ("lm", rankings), ("tid2item_id", r#"{"x,y": ["a"], "v,w": ["c"]}"#)];
         let ran = run("evaluate", json!({"mapping": "reference", "k": [2]}), &inputs).unwrap();
         assert_eq!(ran.lines("per_user")[0]["rank"], 2);
+        assert!(!ran.logs().iter().any(|line| line.contains("brackets")));
+        let compact = rankings.replace("[x, y]", "x, y").replace("[v, w]", "v, w");
+        let ran = run("evaluate", json!({"mapping": "reference", "k": [2]}), &[inputs[0], ("lm", &compact), inputs[2]]);
+        assert!(ran.unwrap().logs().iter().any(|line| line.starts_with("`lm` has no text with a TID in brackets")));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{Read, Write},
     path::Path,
+    sync::mpsc::Sender,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -16,10 +17,11 @@ use super::{
     redirect,
 };
 use crate::{
-    StageError,
+    StageError, StopFlag,
     endpoint::{
         lost::{Lost, lost},
         retry::{Delays, retry_after},
+        stop,
     },
 };
 
@@ -42,6 +44,9 @@ pub struct Client {
     delays: Delays,
     /// The longest wait for a description, which holds up the planning of a run.
     patience: Duration,
+    stop: StopFlag,
+    /// Ends with this.
+    _watch: Option<Sender<()>>,
 }
 
 /// A commit and its files.
@@ -165,7 +170,22 @@ impl Client {
             .build();
         let mut delays = Delays::default();
         delays.first = delays.first.min(patience / 20);
-        Self { agent: Agent::new_with_config(config), endpoint: endpoint.to_owned(), token, delays, patience }
+        Self {
+            agent: Agent::new_with_config(config),
+            endpoint: endpoint.to_owned(),
+            token,
+            delays,
+            patience,
+            stop: StopFlag::default(),
+            _watch: None,
+        }
+    }
+
+    /// Ends requests and waits once `stop` is set, those too that are under way.
+    pub fn until(mut self, stop: StopFlag) -> Self {
+        self._watch = Some(stop::watch(self.agent.clone(), stop.clone()));
+        self.stop = stop;
+        self
     }
 
     /// What a revision stands for, and the files of that commit.
@@ -176,7 +196,13 @@ impl Client {
         let address =
             format!("{}/api/models/{repository}/revision/{}?blobs=true", self.endpoint, revision.replace('/', "%2F"));
         let wait = |wait: Duration| {
-            std::thread::sleep(wait.min(self.patience));
+            let until = Instant::now() + wait.min(self.patience);
+            while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                if self.stop.is_set() {
+                    return Err(StageError::Stopped);
+                }
+                std::thread::sleep(left.min(NAP));
+            }
             Ok(())
         };
         let description: Description = self.tried(TRIES_TO_DESCRIBE, repository, &address, wait, || {
@@ -346,6 +372,7 @@ impl Client {
             round += 1;
             let (fault, message) = match attempt() {
                 Ok(value) => return Ok(value),
+                Err(_) if self.stop.is_set() => return Err(StageError::Stopped),
                 Err(Trouble::Final(error)) => return Err(error),
                 Err(Trouble::Passing(_, _, asked)) if round < tries => {
                     wait(asked.unwrap_or_else(|| self.delays.after(round - 1)))?;

@@ -22,7 +22,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, StageError};
+use crate::{Failure, StageError, StopFlag};
 
 mod cache;
 mod client;
@@ -154,6 +154,12 @@ impl Hub {
         let endpoint = variables("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let client = (!offline).then(|| Client::new(endpoint.trim_end_matches('/'), token(), patience));
         Self { client, cache }
+    }
+
+    /// Lets a stop end what is asked of it, with [`StageError::Stopped`], those requests too that are under way.
+    pub fn until(mut self, stop: &StopFlag) -> Self {
+        self.client = self.client.map(|client| client.until(stop.clone()));
+        self
     }
 
     /// The commit that a repository's revision stands for at this moment. Offline, or when the hub cannot be reached,

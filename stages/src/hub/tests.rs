@@ -21,6 +21,10 @@ enum Trick {
     /// Status 429 with this header.
     Limited(&'static str),
     BreakAfter(usize),
+    /// A stop, and then no answer until the client gives up.
+    StopAndHang(StopFlag),
+    /// The same after so many bytes of the answer.
+    StopAndHangAfter(usize, StopFlag),
     Garbage,
     /// A page instead of what was asked for.
     Page,
@@ -119,6 +123,16 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         _ if wrong_token => (401, Vec::new()),
         (Some(Trick::UnmeasuredPage), _) => {
             return stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n<html>Sign in</html>");
+        }
+        (Some(Trick::StopAndHang(stop)), _) => {
+            stop.stop();
+            return std::io::copy(&mut stream, &mut std::io::sink()).map(drop);
+        }
+        (Some(Trick::StopAndHangAfter(count, stop)), Some(body)) => {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+            stream.write_all(&[head.as_bytes(), &body[..count]].concat())?;
+            stop.stop();
+            return std::io::copy(&mut stream, &mut std::io::sink()).map(drop);
         }
         (Some(Trick::Garbage), Some(body)) => (200, vec![b'x'; body.len()]),
         (Some(Trick::BreakAfter(count)), Some(body)) => {
@@ -249,6 +263,30 @@ fn a_hub_that_limits_requests_gets_the_pause_that_it_asks_for() {
         if calls > 6 { Err(StageError::Stopped) } else { Ok(()) }
     });
     assert!(matches!(stopped, Err(StageError::Stopped)), "a stop ends the pause");
+}
+
+/// Nobody waits for a hub that hangs: a stop that does not come through is told by the test's own limit.
+#[test]
+fn a_stop_cuts_off_what_is_under_way() {
+    type Stopping = fn(StopFlag) -> Trick;
+    let stops: [(&str, Stopping); 4] = [
+        ("revision", Trick::StopAndHang),
+        ("model.safetensors", Trick::StopAndHang),
+        ("revision", |stop| Trick::StopAndHangAfter(10, stop)),
+        ("model.safetensors", |stop| Trick::StopAndHangAfter(120_000, stop)),
+    ];
+    for (path, trick) in stops {
+        let (server, home, stop) = (server(), tempfile::tempdir().unwrap(), StopFlag::default());
+        server.trick(path, trick(stop.clone()));
+        let variables = |name: &str| match name {
+            "HF_ENDPOINT" => Some(server.address.clone()),
+            "HF_HOME" => Some(home.path().display().to_string()),
+            _ => None,
+        };
+        let hub = Hub::new(&variables, Duration::from_secs(86_400)).until(&stop);
+        let ended = hub.fetch("org/tiny", COMMIT, &mut |_, _| Ok(()));
+        assert!(matches!(ended, Err(StageError::Stopped)), "{path}: {ended:?}");
+    }
 }
 
 /// As `AutoModel.from_pretrained` leaves it: without what it does not need.

@@ -201,7 +201,7 @@ impl<'a> Workshop<'a> {
         loop {
             let share = self.lock();
             let (share, _) = self.changed.wait_timeout(share, TICK).unwrap_or_else(PoisonError::into_inner);
-            let (done, ended) = (share.done_rows, share.running == 0);
+            let (done, ended) = (share.rows_with_results(), share.running == 0);
             drop(share);
             if told.replace(done) != Some(done) {
                 cx.progress(done, total, &self.job.unit);

@@ -84,6 +84,11 @@ impl Share {
         }
     }
 
+    /// Rows that are done and did not fail: what progress is told of, since a failed one is worth nothing yet.
+    pub fn rows_with_results(&self) -> u64 {
+        self.done_rows - self.failed_rows as u64
+    }
+
     /// Takes the next piece of at most `limit` rows; near the end smaller ones, so that devices end together.
     pub fn next(&mut self, limit: usize) -> Next {
         if self.error.is_some() {

@@ -271,7 +271,8 @@ fn read(record: &Record, compat: Compat) -> Found {
     match parse::fixed(answer, record.cut) {
         Ok(words) => Found { words: words.to_vec(), output, problem: None },
         Err(unusable) => {
-            let problem = format!("{unusable}{cut}, asked {} times", record.attempts);
+            let times = if record.attempts == 1 { "once".to_owned() } else { format!("{} times", record.attempts) };
+            let problem = format!("{unusable}{cut}, asked {times}");
             Found { words: unusable.into_words(), output, problem: Some(problem) }
         }
     }

@@ -249,7 +249,7 @@ fn a_repeated_question_that_cannot_be_asked_leaves_the_first_answer() {
     let ran = run(&Bench::new().input("items", items(2)), with(&server.url()));
     let invalid = ran.lines("invalid");
     assert_eq!((invalid.len(), &invalid[0]["answer"]), (2, &json!("[soap, bar")));
-    assert_eq!(invalid[0]["reason"], "2 of 5 words in the answer, asked 1 times");
+    assert_eq!(invalid[0]["reason"], "2 of 5 words in the answer, asked once");
     let spent = json!({"answers": 2, "asked_again": 0, "prompt_tokens": 14, "answer_tokens": 10});
     assert_eq!(ran.json("statistics")["extraction"], spent);
     assert!(ran.logs().iter().any(|line| line.contains("2 of 2 questions failed; questions `0`, `1`: ")));
@@ -301,7 +301,7 @@ fn more_attempts_go_on_from_the_answers_there_are() {
     );
     // Fewer are as if there had never been more.
     with["extractor"]["max_attempts"] = json!(1);
-    assert_eq!(run(&bench, with).lines("invalid")[0]["reason"], "1 of 5 words in the answer, asked 1 times");
+    assert_eq!(run(&bench, with).lines("invalid")[0]["reason"], "1 of 5 words in the answer, asked once");
     assert_eq!(server.seen().len(), 6);
 }
 
