@@ -217,8 +217,7 @@ impl Namespace {
 
     /// Reads every record; returns how many there are, and how many places are damaged.
     pub fn verify(&mut self) -> Result<(u64, u64)> {
-        let (records, mut damaged) = self.records()?;
-        let places: Vec<Chosen> = records.into_iter().map(|(_, chosen)| chosen).collect();
+        let (places, mut damaged) = self.gather(|places: &mut Vec<Chosen>, _, place| places.push(place))?;
         // Segment by segment, as they lie.
         for segment in places.chunk_by(|a, b| a.segment == b.segment) {
             let Some(first) = segment.first() else { continue };
@@ -231,16 +230,17 @@ impl Namespace {
         Ok((places.len() as u64, damaged))
     }
 
-    /// Every record, segment by segment, and in how many segments bytes were passed over because they are no record.
-    fn records(&mut self) -> Result<(Vec<(Digest, Chosen)>, u64)> {
+    /// What `add` makes of every record, segment by segment, and in how many segments bytes were passed over because they
+    /// are no record. It begins anew when a compaction moves them meanwhile.
+    fn gather<T: Default>(&mut self, add: impl Fn(&mut T, Digest, Chosen)) -> Result<(T, u64)> {
         for _ in 0..LOOKS {
             self.view.refresh()?;
-            let mut records = Vec::new();
+            let mut all = T::default();
             let see = |segment, place, header: record::Header| {
-                records.push((header.key, Chosen { kind: header.kind, segment, place, length: header.length }));
+                add(&mut all, header.key, Chosen { kind: header.kind, segment, place, length: header.length });
             };
             if let Ok(broken) = self.view.headers(see)? {
-                return Ok((records, broken));
+                return Ok((all, broken));
             }
         }
         Err(self.restless())
@@ -248,14 +248,13 @@ impl Namespace {
 
     /// For each distinct row the record that counts: its last result, else its last failure.
     fn chosen(&mut self) -> Result<FxHashMap<Digest, Chosen>> {
-        let mut chosen: FxHashMap<Digest, Chosen> = FxHashMap::default();
-        for (key, this) in self.records()?.0 {
+        let choose = |chosen: &mut FxHashMap<Digest, Chosen>, key, this: Chosen| {
             let slot = chosen.entry(key).or_insert(this);
             if this.kind == Kind::Result || slot.kind == Kind::Failure {
                 *slot = this;
             }
-        }
-        Ok(chosen)
+        };
+        Ok(self.gather(choose)?.0)
     }
 
     /// A segment of the view and where it is; `None` if it is gone.

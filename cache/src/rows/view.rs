@@ -151,9 +151,8 @@ impl View {
                 index.insert(&header.key, place);
             }
         };
-        let scanned = match record::scan(file, known.covered, see) {
-            Err(error) if is_gone(&error) => return Ok(false),
-            scanned => scanned.map_err(StoreError::while_doing("read", &path))?,
+        let Some(scanned) = unless_gone("read", &path, record::scan(file, known.covered, see))? else {
+            return Ok(false);
         };
         if scanned.passed_over > 0 {
             tracing::warn!(path = %path.display(), bytes = scanned.passed_over, "a part of a segment is damaged");
@@ -217,13 +216,11 @@ impl View {
         let (Some((first, _)), Some((last, _))) = (go.first(), go.last()) else { return Ok(Ok(())) };
         let known = &mut self.segments[first.segment()];
         let path = known.id.path(&self.folder);
-        let failed = |error| StoreError::io("read", &path, error);
         let Some(file) = opened(&mut known.file, &path)? else { return Ok(Err(Vanished)) };
         let start = first.offset();
         buffer.resize((last.offset() - start + PEEK) as usize, 0);
-        let filled = match read_up_to(file, buffer, start) {
-            Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
-            filled => filled.map_err(failed)?,
+        let Some(filled) = unless_gone("read", &path, read_up_to(file, buffer, start))? else {
+            return Ok(Err(Vanished));
         };
         for (place, n) in go {
             let bytes = buffer[..filled].get((place.offset() - start) as usize..).unwrap_or_default();
@@ -235,10 +232,8 @@ impl View {
                 record::payload(bytes, &header).map(<[u8]>::to_vec)
             } else {
                 let mut long = vec![0; header.record_bytes()];
-                let filled = match read_up_to(file, &mut long, place.offset()) {
-                    Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
-                    filled => filled.map_err(failed)?,
-                };
+                let filled = read_up_to(file, &mut long, place.offset());
+                let Some(filled) = unless_gone("read", &path, filled)? else { return Ok(Err(Vanished)) };
                 record::payload(&long[..filled], &header).map(<[u8]>::len).map(|_| long.split_off(RECORD_HEADER))
             };
             if payload.is_none() {
@@ -287,10 +282,8 @@ impl View {
         for (number, known) in self.segments.iter().enumerate() {
             let path = known.id.path(&self.folder);
             let Some(file) = open(&path)? else { return Ok(Err(Vanished)) };
-            let scanned = match record::scan(&file, 0, |place, header| see(number, place, header)) {
-                Err(error) if is_gone(&error) => return Ok(Err(Vanished)),
-                scanned => scanned.map_err(StoreError::while_doing("read", &path))?,
-            };
+            let scanned = record::scan(&file, 0, |place, header| see(number, place, header));
+            let Some(scanned) = unless_gone("read", &path, scanned)? else { return Ok(Err(Vanished)) };
             broken += u64::from(scanned.passed_over > 0);
         }
         Ok(Ok(broken))
@@ -329,10 +322,15 @@ fn opened<'a>(slot: &'a mut Option<File>, path: &Path) -> Result<Option<&'a File
 
 /// A segment's file; `None` if it is gone.
 pub(super) fn open(path: &Path) -> Result<Option<File>> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
+    unless_gone("open", path, File::open(path))
+}
+
+/// What came of doing something with a segment; `None` if it is gone.
+fn unless_gone<T>(action: &'static str, path: &Path, done: io::Result<T>) -> Result<Option<T>> {
+    match done {
+        Ok(done) => Ok(Some(done)),
         Err(error) if is_gone(&error) => Ok(None),
-        Err(error) => Err(StoreError::io("open", path, error)),
+        Err(error) => Err(StoreError::io(action, path, error)),
     }
 }
 

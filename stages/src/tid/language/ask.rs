@@ -19,12 +19,13 @@ use super::{
     super::Found,
     LanguageModel,
     dialogue::{Dialogue, Record, Reply},
+    served::{Served, TEMPLATE_SETTINGS},
 };
 use crate::{
     Compat, StageContext, StageError,
     artifact::{ItemId, text},
     compute::{CPU, PerDevice},
-    endpoint::{CallError, Endpoint},
+    endpoint::Endpoint,
     rows::{self, RowDevice, RowFailure, RowFunction, RowJob, RowRecipe, RowResult},
 };
 
@@ -36,9 +37,7 @@ const ROW_VERSION: u32 = 2;
 /// Conversations that the CPU gets at a time; a GPU gets as many as it may have in work together.
 const PIECE: usize = 32;
 /// Where answers end.
-const STOP: char = ']';
-/// The field by which servers take settings of the chat template.
-const TEMPLATE_SETTINGS: &str = "chat_template_kwargs";
+pub(super) const STOP: char = ']';
 /// Characters of an answer that an error shows.
 const SHOWN: usize = 100;
 /// So many first answers without a word are no accident.
@@ -360,11 +359,11 @@ fn answering(model: &LanguageModel, compat: Compat) -> Answering {
 }
 
 /// Settings of the chat template: five words need no reasoning. Models that know no such setting pass over it.
-fn no_reasoning() -> Map<String, Value> {
+pub(super) fn no_reasoning() -> Map<String, Value> {
     Map::from_iter([("enable_thinking".to_owned(), Value::Bool(false))])
 }
 
-fn bytes(reply: Reply) -> RowResult {
+pub(super) fn bytes(reply: Reply) -> RowResult {
     serde_json::to_vec(&reply).map_err(|e| RowFailure::new(e.to_string()))
 }
 
@@ -454,80 +453,4 @@ fn said(answer: Result<Answer, grlm_nn::Error>) -> RowResult {
         }
         Err(error) => Err(RowFailure::new(error.to_string())),
     }
-}
-
-/// A server.
-struct Served<'a> {
-    endpoint: &'a Endpoint,
-    model: &'a LanguageModel,
-    compat: Compat,
-    conversations: &'a [&'a [Message]],
-    takes_settings: &'a OnceLock<bool>,
-}
-
-impl RowFunction for Served<'_> {
-    fn compute(&mut self, rows: &[usize]) -> Result<Vec<(usize, RowResult)>, StageError> {
-        rows.iter()
-            .map(|row| match self.post(self.conversations[*row]) {
-                Ok(reply) => Ok((*row, bytes(reply))),
-                Err(error) => Ok((*row, Err(error.of_one()?))),
-            })
-            .collect()
-    }
-}
-
-impl Served<'_> {
-    /// The answer to a conversation. Until the server is known to take settings of the template, a request that it
-    /// refuses is sent once more without them: if that helps, so are all others.
-    fn post(&self, messages: &[Message]) -> Result<Reply, CallError> {
-        let post = |body| self.endpoint.post("chat/completions", body, reply);
-        let plain = self.body(messages);
-        if self.compat.is_reference() || self.takes_settings.get() == Some(&false) {
-            return post(plain);
-        }
-        let mut quick = plain.clone();
-        quick.insert(TEMPLATE_SETTINGS.to_owned(), Value::Object(no_reasoning()));
-        let answer = post(quick);
-        match (&answer, self.takes_settings.get()) {
-            (Err(CallError::Refused(_)), None | Some(false)) => {
-                self.endpoint.forget_refusal();
-                let answer = post(plain)?;
-                self.takes_settings.get_or_init(|| false);
-                return Ok(answer);
-            }
-            (Ok(_), None) => {
-                self.takes_settings.get_or_init(|| true);
-            }
-            _ => {}
-        }
-        answer
-    }
-
-    fn body(&self, messages: &[Message]) -> Map<String, Value> {
-        let mut body = Map::from_iter([
-            ("model".to_owned(), json!(self.model.model)),
-            ("messages".to_owned(), json!(messages)),
-            ("temperature".to_owned(), json!(0)),
-            ("max_tokens".to_owned(), json!(self.model.max_new_tokens)),
-        ]);
-        if !self.compat.is_reference() {
-            body.insert("stop".to_owned(), json!([STOP]));
-        }
-        body
-    }
-}
-
-/// The message of a chat completion.
-fn reply(answer: &Value) -> Result<Reply, String> {
-    let choices = answer["choices"].as_array().ok_or("no list `choices`")?;
-    let [choice] = choices.as_slice() else { return Err(format!("{} choices instead of one", choices.len())) };
-    let text = match &choice["message"]["content"] {
-        Value::String(text) => text.clone(),
-        // A server that took the reasoning out, and had no room for more.
-        Value::Null if choice["message"].is_object() => String::new(),
-        _ => return Err("a choice without a message".into()),
-    };
-    let tokens = |name: &str| answer["usage"][name].as_u64().unwrap_or_default();
-    let (prompt_tokens, answer_tokens) = (tokens("prompt_tokens"), tokens("completion_tokens"));
-    Ok(Reply { text, cut: choice["finish_reason"] == "length", prompt_tokens, answer_tokens })
 }

@@ -22,6 +22,7 @@ use crate::{
 mod ask;
 mod dialogue;
 mod distinguish;
+mod served;
 #[cfg(test)]
 mod tests;
 
